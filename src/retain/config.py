@@ -1,0 +1,237 @@
+"""The run's configuration: one YAML file, validated before anything heavy is imported. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from retain.errors import ConfigError, unknown
+
+STARTER = "starter"
+
+#: Used when a configuration names no methods. Needs no old data. How it was chosen: docs/log.md.
+DEFAULT_METHODS: list[Any] = [
+    {"lora": {"r": 16}},
+    {"replay": {"fraction": 0.25}},
+    {"distill": {"strength": 1.0}},
+]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Settings):
+    """Which model, and how its weights are held."""
+
+    name: str = STARTER
+    """`starter`, a folder with a model or a PEFT adapter, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Type of the weights. With float32, `train: {bf16: true}` still computes in bfloat16."""
+    quantize: Literal["none", "4bit", "8bit"] = "none"
+    """Hold the frozen base in 4 or 8 bits (QLoRA); needs `lora` and the `qlora` extra."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+class TaskConfig(_Settings):
+    """One thing to learn."""
+
+    data: str
+    """File (JSONL, CSV, Parquet), folder with train and test files, or hub id."""
+    name: str | None = None
+    """Short name for folders and tables; the file's name when not given."""
+    test: str | None = None
+    """Rows to measure what was learned; the folder's test file or held-out rows when not given."""
+    on: Literal["completion", "assistant", "all"] = "completion"
+    """What is learned: the answer, every assistant turn, or everything."""
+    columns: dict[str, str] | None = None
+    """Our column name → the name in the data."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many training rows, drawn with the seed."""
+    test_limit: int | None = Field(None, ge=1)
+    """At most this many test rows."""
+    hold_out: float = Field(0.1, ge=0, lt=1)
+    """Share of the rows held out when there is no test file."""
+    streaming: bool = False
+    """Read rows as they are needed; for data that does not fit."""
+    list_choices: bool = True
+    """Question rows: list the choices in the prompt."""
+    long: Literal["cut", "drop"] = "cut"
+    """Rows longer than `train.max_length`: cut at the end, or left out."""
+
+
+class ProbesConfig(_Settings):
+    """What is measured before and after."""
+
+    reference: list[str] = ["core"]
+    """Old abilities: built-in suites, probe files or folders."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many items per reference probe (a fixed fair sample)."""
+    task_limit: int | None = Field(200, ge=1)
+    """At most this many items of each task's test rows."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the probes; auto is that of the training. All stages of a run are probed alike."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Confidence of every interval."""
+
+
+class RunConfig(_Settings):
+    """A run: tasks learned in order by one model, with methods, measured before and after each."""
+
+    name: str | None = None
+    """Name of the run and of its folder; made from the tasks when not given."""
+    model: ModelConfig = ModelConfig()
+    """The base model; a plain string is its name."""
+    tasks: list[TaskConfig] = Field(min_length=1)
+    """What to learn, in order; a plain string is its data."""
+    old: str | None = None
+    """Rows that stand for what the model could do before; without them it writes its own."""
+    methods: list[Any] = DEFAULT_METHODS
+    """Names, or `name: {settings}`; `[none]` is plain fine-tuning."""
+    probes: ProbesConfig = ProbesConfig()
+    """What is measured."""
+    train: dict[str, Any] = {}
+    """Any field of TRL's SFTConfig (a TrainingArguments): learning_rate, max_steps, bf16, …"""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    output: str | None = None
+    """Run directory; `runs/<name>` when not given."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _task_paths(cls, value: Any) -> Any:
+        if isinstance(value, str | dict):
+            value = [value]
+        return [{"data": entry} if isinstance(entry, str) else entry for entry in value or []]
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _method_list(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return [{name: settings} for name, settings in value.items()]
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks; a repeated one gets a number."""
+        names: list[str] = []
+        for task in self.tasks:
+            path = Path(task.data)
+            stem = path.parent.name if path.stem in ("train", "test") else path.name.split(".")[0]
+            name = base = task.name or stem or "task"
+            number = 2
+            while name in names:
+                name, number = f"{base}-{number}", number + 1
+            names.append(name)
+        return names
+
+    @property
+    def title(self) -> str:
+        """The run's name."""
+        return self.name or "-".join(self.task_names)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.output) if self.output else Path("runs") / self.title
+
+
+def parse(values: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """A configuration from plain values.
+
+    Raises:
+        ConfigError: an unknown key (with a suggestion), a missing one, or a value that is not allowed.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected settings such as `model:` and `tasks:`, got {type(values).__name__}.")
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, where)) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}.") from None
+
+
+def read(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """A configuration from a YAML file, with dotted overrides such as `train.max_steps=20`.
+
+    Raises:
+        ConfigError: no such file, not YAML, or as `parse`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. Give a YAML file; `retain run --help` shows a short one.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f":{place.line + 1}" if place else ""
+        problem = getattr(error, "problem", "") or "cannot be read"
+        raise ConfigError(f"{path}{line}: not YAML ({problem}). Check indentation and quotes.") from None
+    return parse(override(values or {}, overrides or []), str(path))
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `dotted.path=value` assignments; values are read as YAML, list entries by number.
+
+    Raises:
+        ConfigError: an assignment without `=`, or a path through something that has no such part.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"-o {assignment}: expected key=value, such as train.max_steps=20.")
+        keys = path.strip().split(".")
+        place: Any = values
+        for i, key in enumerate(keys[:-1]):
+            try:
+                following = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+            except (ValueError, IndexError):
+                raise ConfigError(
+                    f"-o {assignment}: no entry '{key}' there; entries are numbered 0 to {len(place) - 1}."
+                ) from None
+            if not isinstance(following, dict | list):
+                following = {("name" if keys[i] == "model" else "data"): following}
+                place[int(key) if isinstance(place, list) else key] = following
+            place = following
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if isinstance(place, list):
+            if not keys[-1].isdigit() or int(keys[-1]) >= len(place):
+                raise ConfigError(f"-o {assignment}: entries are numbered 0 to {len(place) - 1}.")
+            place[int(keys[-1])] = value
+        else:
+            place[keys[-1]] = value
+    return values
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML, with every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _one_line(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        schema: type[BaseModel] = RunConfig
+        for part in first["loc"][:-1]:
+            schema = {"model": ModelConfig, "tasks": TaskConfig, "probes": ProbesConfig}.get(str(part), schema)
+        parent = ".".join(str(part) for part in first["loc"][:-1])
+        return unknown(f"{where}: {parent}".rstrip(": "), str(first["loc"][-1]), schema.model_fields)
+    if first["type"] == "missing":
+        return f"{where}: `{path}` is missing. Add it; `retain run --help` shows a short configuration."
+    return f"{where}: {path}: {first['msg']} (given: {first['input']!r})."

@@ -1,0 +1,84 @@
+"""What one task trains on: new rows, replay rows, and how much of each at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from retain.functional.sampling import mix
+
+
+@dataclass
+class Mixture:
+    """New rows and replay rows of one task, both in the form that the trainer tokenises.
+
+    Args:
+        new: the task's rows.
+        replay: rows that are mixed in, or None.
+        fraction: share of replay as a function of progress through the task, 0 to 1.
+        by: whether the share counts rows or supervised tokens.
+    """
+
+    new: Any
+    replay: Any | None = None
+    fraction: Callable[[float], float] | None = None
+    by: Literal["rows", "tokens"] = "rows"
+
+
+class MixtureSampler(Sampler[int]):
+    """Row numbers of one epoch after another: new rows once each, replay rows by the fraction.
+
+    The order is a function of (seed, epoch) alone, in units of the *global* batch, so it is the same after a
+    resume and for every number of ranks. Rows `0 … len(new)-1` are new, later ones are replay.
+
+    Args:
+        new_lengths, replay_lengths: supervised tokens per row (used when `by` is "tokens").
+        window: rows per optimizer step over all ranks and accumulation steps.
+        epochs: planned passes over the new rows; progress 1 is the end of the last.
+    """
+
+    def __init__(
+        self,
+        new_lengths: np.ndarray,
+        replay_lengths: np.ndarray,
+        fraction: Callable[[float], float],
+        by: Literal["rows", "tokens"],
+        window: int,
+        epochs: int,
+        seed: int,
+    ) -> None:
+        self.new_lengths, self.replay_lengths = np.asarray(new_lengths), np.asarray(replay_lengths)
+        self.fraction, self.by, self.window, self.epochs, self.seed = fraction, by, window, epochs, seed
+        self.epoch = 0
+        self._plan: dict[int, np.ndarray] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def plan(self, epoch: int) -> np.ndarray:
+        """The row numbers of an epoch, in order."""
+        if epoch not in self._plan:
+            self._plan = {
+                epoch: mix(
+                    self.new_lengths,
+                    self.replay_lengths,
+                    self.fraction,
+                    seed=self.seed,
+                    epoch=epoch,
+                    epochs=max(self.epochs, epoch + 1),
+                    by=self.by,
+                    window=self.window,
+                )
+            }
+        return self._plan[epoch]
+
+    def __len__(self) -> int:
+        return len(self.plan(self.epoch))
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.plan(self.epoch).tolist()

@@ -1,0 +1,218 @@
+"""The method protocol, and the stack that runs several methods as one.
+
+A method overrides only the hooks it needs; every default does nothing. It never touches the trainer's loss,
+its loaders or another method: it returns values, and the trainer scales and combines them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from retain.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from retain.data.mixture import Mixture
+    from retain.methods.context import Batch, Run
+
+
+class MethodConfig(BaseModel):
+    """Settings of a method: frozen, unknown keys rejected, documented by the strings under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Strength(MethodConfig):
+    """Settings of a method with a strength; 0 turns the method off."""
+
+    strength: float = Field(1.0, ge=0)
+    """How strongly the method acts; 0 is off."""
+
+
+class Method:
+    """One idea against forgetting. The file is named as the method is in the configuration."""
+
+    name: ClassVar[str] = ""  # filled in from the file name
+    family: ClassVar[str] = ""  # weights | functions | replay | isolation | merging
+    paper: ClassVar[str] = ""  # "arXiv:1612.00796, eq. 3"
+    conflicts: ClassVar[frozenset[str]] = frozenset()  # names of methods it cannot be combined with
+    edits_gradients: ClassVar[bool] = False  # touches gradients or weights itself: refused under DeepSpeed
+    adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
+    off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
+
+    class Config(Strength):
+        pass
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.name:
+            cls.name = cls.__module__.rsplit(".", 1)[-1]
+
+    def __init__(self, **options: Any) -> None:
+        self.config: Any = validated(self.Config, options, f"methods.{self.name}")
+
+    @property
+    def active(self) -> bool:
+        """False when the settings turn the method off; then it is left out entirely, bit for bit."""
+        return any(getattr(self.config, key) != value for key, value in self.off.items())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be there: "old" (rows that stand for old data)."""
+        return frozenset()
+
+    # -- once per task, before training ------------------------------------------------------------------
+    def prepare_data(self, data: Mixture, run: Run) -> Mixture:
+        """Add rows to what is trained on."""
+        return data
+
+    def prepare_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        """Freeze, wrap or extend the model, before the optimizer exists."""
+        return model
+
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        """Take anchors and importances; `run.restored` says that `load_state_dict` was called before."""
+
+    # -- inside the step ---------------------------------------------------------------------------------
+    def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
+        """A loss that depends on data: its *sum* over supervised tokens. The trainer divides by the same
+        global token count as the main loss, so accumulation and ranks cannot change its weight."""
+        return None
+
+    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
+        """Change `.grad` in place, once per optimizer step, on the reduced gradient, before clipping."""
+
+    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+        """After the optimizer moved the weights (not called for a skipped step)."""
+
+    # -- once per task, after training -------------------------------------------------------------------
+    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
+        """Consolidate: fill buffers, update importances."""
+
+    def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        """Change the final weights; called in reverse order."""
+        return model
+
+    # -- resume ------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors that a resumed run needs and cannot make again cheaply."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.config.model_dump(exclude_defaults=True).items())
+        return f"{type(self).__name__}({shown})"
+
+
+class Stack(Method):
+    """Several methods as one. Losses are kept apart by name, edits run in order, `finish_model` in reverse.
+
+    Raises:
+        ConfigError: two methods that clash, or the same method twice.
+    """
+
+    name = "stack"
+
+    def __init__(self, methods: Any = ()) -> None:
+        given = [methods] if isinstance(methods, Method) else list(methods)
+        for entry in given:
+            if not isinstance(entry, Method):
+                raise ConfigError(
+                    f"methods: got {entry!r}; give method objects such as EWC(strength=1.0), or names in the YAML."
+                )
+        names = [m.name for m in given]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"methods: '{name}' is listed twice. Keep one.")
+        self.methods = [m for m in given if m.active]
+        for method in self.methods:
+            for other in self.methods:
+                if other.name in method.conflicts:
+                    raise ConfigError(
+                        f"methods: '{method.name}' and '{other.name}' cannot be combined "
+                        f"({type(method).__name__} says so). Remove one of them."
+                    )
+
+    @property
+    def active(self) -> bool:
+        return bool(self.methods)
+
+    def check_needs(self, available: frozenset[str]) -> None:
+        """Raise ConfigError when a method lacks what it needs."""
+        advice = {
+            "old": "give `old:` a file of rows that stand for old data, or set its source to 'self'",
+        }
+        for method in self.methods:
+            for need in sorted(method.needs - available):
+                raise ConfigError(f"methods.{method.name}: needs '{need}', which is missing; {advice[need]}.")
+
+    def prepare_data(self, data: Mixture, run: Run) -> Mixture:
+        for method in self.methods:
+            data = method.prepare_data(data, run)
+        return data
+
+    def prepare_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        for method in sorted(self.methods, key=lambda m: not m.adds_parameters):
+            model = method.prepare_model(model, run)
+        return model
+
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        for method in self.methods:
+            method.on_task_start(model, run)
+
+    def batch_losses(self, batch: Batch, run: Run) -> dict[str, torch.Tensor]:
+        """The batch losses of all methods, by name; sums over supervised tokens."""
+        losses = {m.name: m.batch_loss(batch, run) for m in self.methods}
+        return {name: loss for name, loss in losses.items() if loss is not None}
+
+    def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
+        losses = list(self.batch_losses(batch, run).values())
+        return torch.stack(losses).sum() if losses else None
+
+    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
+        for method in self.methods:
+            method.edit_gradients(model, run)
+
+    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+        for method in self.methods:
+            method.on_step_end(model, run)
+
+    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
+        for method in self.methods:
+            method.on_task_end(model, run)
+
+    def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        for method in reversed(self.methods):
+            model = method.finish_model(model, run)
+        return model
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {f"{m.name}/{key}": value for m in self.methods for key, value in m.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for method in self.methods:
+            prefix = f"{method.name}/"
+            method.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+
+    def __repr__(self) -> str:
+        return f"Stack({self.methods!r})"
+
+
+def validated(schema: type[BaseModel], options: dict[str, Any], where: str) -> Any:
+    """Build a settings object; a mistake becomes one line that names the setting.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one suggested) or a value that is not allowed.
+    """
+    try:
+        return schema(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(unknown(where, key, schema.model_fields)) from None
+        raise ConfigError(f"{where}.{key}: {first['msg']} (given: {first['input']!r}).") from None

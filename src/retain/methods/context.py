@@ -1,0 +1,148 @@
+"""What a method is given: the run it takes part in, and the batch it may add a loss to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retain.errors import ConfigError
+from retain.models import params
+
+_UNSET = object()
+
+
+@dataclass
+class Batch:
+    """One micro-batch with the student's hidden states.
+
+    Shapes: `labels` [B, T] with −100 where nothing is learned; `hidden` [B, T, H] with gradient; `source` [B],
+    0 for new rows and 1 for replayed ones.
+    """
+
+    inputs: dict[str, Any]  # what the model is called with, without labels
+    labels: torch.Tensor
+    hidden: torch.Tensor
+    source: torch.Tensor
+
+    @property
+    def supervised(self) -> torch.Tensor:
+        """Mask [B, T−1] of the positions whose *next* token is learned."""
+        return self.labels[:, 1:] != -100
+
+
+@dataclass
+class Run:
+    """One task of one run, as methods see it: read-mostly; `log` is the only thing they write.
+
+    The trainer fills in the services (`batches`, `log`, …) before `on_task_start`.
+    """
+
+    directory: Path  # of this task; methods keep files here
+    task: str = "task"
+    task_index: int = 1  # 1 for the first task
+    seed: int = 0
+    tokenizer: Any = None
+    shared: Path | None = None  # of the whole run: buffers that outlive a task
+    model: Any = None  # the model in training, unwrapped
+    old: Any = None  # rows that stand for old data, as the user gave them
+    restored: bool = False  # a checkpoint was loaded; costly statistics need not be made again
+    step: int = 0
+    max_steps: int = 0
+    learning_rate: float = 0.0
+    has_replay: bool = False  # replay rows are in the mixture
+    start: params.Tensors = field(default_factory=dict)  # trainable weights when the task began
+    log: Callable[[str, float], None] = lambda name, value: None
+    logging_now: bool = True  # whether this step's values are written
+    batches: Callable[[Any, int], Iterator[tuple[dict[str, Any], torch.Tensor]]] | None = None
+    tokenise: Callable[[Any], Any] = lambda rows: rows  # chat rows → rows as the trainer takes them
+    new_rows: Any = None  # the task's rows in chat form (for buffers and importances)
+    optimizer: str = "adamw"
+    say: Callable[[str], None] = print  # one line for the person at the terminal
+
+    @property
+    def shared_folder(self) -> Path:
+        """Folder of the whole run, for what outlives a task."""
+        return self.shared or self.directory
+
+    @property
+    def buffer(self) -> Path:
+        """Folder for replay rows, shared by all tasks of the run."""
+        return self.shared_folder / "buffer"
+
+    def track(self, steps: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+        """Iterate with a progress bar."""
+        from rich.progress import track
+
+        return iter(track(steps, label, total=total, transient=True))
+
+    def old_rows(self, model: Any, number: int, given: Any = _UNSET) -> Any:
+        """Rows that stand for old abilities: the user's, else text the model writes itself (once per run).
+
+        Returns:
+            A `datasets.Dataset` in chat form, at most `number` rows.
+        """
+        rows = self.old if given is _UNSET else given
+        if rows is not None:
+            return rows.select(range(min(number, len(rows))))
+        return self_written(model, self.tokenizer, self.buffer, number, self.seed, self.say)
+
+    def check_stiffness(self, name: str, value: float) -> None:
+        """Refuse a pull that plain gradient descent cannot follow; warn where Adam may hide it."""
+        if value >= 2 and "sgd" in self.optimizer:
+            raise ConfigError(
+                f"methods.{name}.strength: learning rate · strength · largest importance is {value:.3g}; gradient "
+                "descent diverges from 2 on. Lower the strength, or set `form: proximal`."
+            )
+        if value >= 2:
+            self.say(f"{name}: stiff (learning rate · strength · F up to {value:.3g}); consider form: proximal.")
+
+
+def self_written(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    number: int,
+    seed: int,
+    say: Callable[[str], None] = print,
+    max_tokens: int = 96,
+) -> Any:
+    """Rows in which the model talks to itself, written once and kept as `self.parquet` in `directory`.
+
+    A later caller that asks for more gets what is there, so that every task and method sees the same rows.
+    """
+    from datasets import Dataset
+    from rich.progress import Progress
+
+    from retain.data.synthesis import Filters, write_rows
+    from retain.models.generation import generate
+
+    path = directory / "self.parquet"
+    if not path.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        calls = iter(range(1_000_000))
+
+        def write(prompts: list[str], temperature: float, max_new_tokens: int) -> list[str]:
+            answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed=seed * 1000 + next(calls))
+            return [a.text + (tokenizer.eos_token or "" if a.finished else "") for a in answers]
+
+        with Progress(transient=True) as bar, params.adapters_off(model):
+            job = bar.add_task("the model writes old rows", total=number)
+            rows, report = write_rows(
+                write,
+                tokenizer,
+                number,
+                seed,
+                filters=Filters(prompt_tokens=48, response_tokens=max_tokens),
+                progress=lambda kept: bar.update(job, advance=kept),
+            )
+        say(f"replay: the model wrote {len(rows)} rows itself ({report.sentence()}).")
+        partial = path.with_name(path.name + ".part")
+        rows.to_parquet(partial)
+        os.replace(partial, path)
+    rows = Dataset.from_parquet(str(path), cache_dir=str(directory / ".cache"))
+    return rows.select(range(min(number, len(rows))))

@@ -1,0 +1,123 @@
+"""Open a model and its tokenizer: the starter, a local folder, a LoRA adapter, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from retain.config import STARTER, ModelConfig
+from retain.errors import ModelError
+from retain.models.starter import starter_directory
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id behind a name."""
+    return str(starter_directory()) if name == STARTER else name
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, with a padding token.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"model.name: no tokenizer for '{name}' ({_first_line(error)}). "
+            "Put tokenizer.json and tokenizer_config.json into the model's folder."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, Any]:
+    """(model, tokenizer) in float32 unless the configuration says otherwise; adapters are merged.
+
+    Without `tokenizer` none is loaded and None is returned for it.
+
+    Raises:
+        ModelError: no such model, no tokenizer, or no quantisation library.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(config, str):
+        config = ModelConfig(name=config)
+    where = resolve(config.name)
+    adapter = Path(where) / "adapter_config.json"
+    if adapter.is_file():
+        from peft import PeftModel
+
+        base_name = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base, words = load_model(config.model_copy(update={"name": base_name}), tokenizer)
+        return PeftModel.from_pretrained(base, where).merge_and_unload(), words
+    words = load_tokenizer(config.name, config.revision, config.trust_remote_code) if tokenizer else None
+    extra: dict[str, Any] = {}
+    if config.quantize != "none":
+        extra["quantization_config"] = _quantisation(config.quantize)
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=config.revision,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            **extra,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name: cannot open '{config.name}' ({_first_line(error)}). "
+            f"Give '{STARTER}', a folder with config.json and weights, or a hub id that is reachable."
+        ) from error
+    return model, words
+
+
+def _quantisation(kind: str) -> Any:
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantize: '{kind}' needs bitsandbytes. Install it with `pip install 'retain-llm[qlora]'`, "
+            "or set `quantize: none`."
+        )
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def load_stage(config: ModelConfig, tasks: list[Path]) -> Any:
+    """The model after a sequence of finished tasks, given their folders (each with `adapter` or `model`).
+
+    Adapters of earlier tasks are merged in order, the last one stays on top, exactly as while training.
+    """
+    from peft import PeftModel
+
+    full = [i for i, folder in enumerate(tasks) if (folder / "model").is_dir()]
+    first = full[-1] if full else -1
+    if full:
+        model, _ = load_model(config.model_copy(update={"name": str(tasks[first] / "model")}), tokenizer=False)
+    else:
+        model, _ = load_model(config, tokenizer=False)
+    for folder in tasks[first + 1 :]:
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+    return model

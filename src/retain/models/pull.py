@@ -1,0 +1,117 @@
+"""A quadratic pull of a model towards anchor weights, whatever the weights are made of.
+
+Ordinary weights are pulled one by one. LoRA factors are pulled as the product ΔW = s·BA, because A and B alone
+have no fixed meaning (any invertible r×r matrix between them leaves ΔW as it is), and A has no gradient at the
+start, where B = 0. Works on shards: the dense part is element-wise; LoRA factors, being small, are gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from retain.functional import penalties
+from retain.models import params
+from retain.models.params import Tensors
+
+
+def product_keys(name: str) -> tuple[str, str]:
+    """Names of the row and column importance of an adapted layer."""
+    return f"{name}.rows", f"{name}.columns"
+
+
+class Pull:
+    """½ · strength · Σ F (θ − θ*)² over the trainable weights of a model.
+
+    Args:
+        model: wrapped or not.
+        anchor: θ* by parameter name (`params.snapshot`).
+        importance: F by parameter name; for an adapted layer `<layer>.rows` [out] and `<layer>.columns` [in].
+            None stands for 1 everywhere. Parameters without an entry are not pulled.
+    """
+
+    def __init__(self, model: Any, anchor: Tensors, importance: Tensors | None = None) -> None:
+        names = {id(p): name for name, p in params.trainable(model).items()}
+        self.dense: list[torch.nn.Parameter] = []
+        self._anchors: list[torch.Tensor] = []
+        self._importance: list[torch.Tensor | None] = []
+        for name, parameter in params.outside_lora(model).items():
+            if importance is None or name in importance:
+                self.dense.append(parameter)
+                self._anchors.append(params.aligned(anchor[name], parameter))
+                weights = None if importance is None else params.aligned(importance[name], parameter)
+                self._importance.append(weights)
+        self.pairs: list[params.LoraPair] = []
+        self._products: list[dict[str, torch.Tensor | None]] = []
+        for name, pair in params.lora_pairs(model).items():
+            rows, columns = product_keys(name)
+            if importance is not None and rows not in importance:
+                continue
+            b0, a0 = anchor[names[id(pair.B)]], anchor[names[id(pair.A)]]
+            moved = bool((b0 != 0).any())
+            self.pairs.append(pair)
+            self._products.append(
+                {
+                    "b0": b0.to(pair.B.device) if moved else None,
+                    "a0": a0.to(pair.A.device) if moved else None,
+                    "rows": None if importance is None else importance[rows].to(pair.B.device),
+                    "columns": None if importance is None else importance[columns].to(pair.A.device),
+                }
+            )
+
+    @property
+    def protected(self) -> int:
+        """How many weights are pulled; for LoRA those of the adapted base layers."""
+        return sum(p.numel() for p in self.dense) + sum(p.B.shape[0] * p.A.shape[1] for p in self.pairs)
+
+    def value(self, strength: float) -> float:
+        """The penalty, for the log; on shards, of this rank's part."""
+        dense = penalties.quadratic_value(params.locals_of(p.detach() for p in self.dense), *self._local(), strength)
+        low = penalties.low_rank_value(self._factors(), strength)
+        return float(dense) + float(low)
+
+    @torch.no_grad()
+    def add_gradients(self, strength: float) -> None:
+        """Add strength · F (θ − θ*) to every `.grad`, in place."""
+        rows = [i for i, p in enumerate(self.dense) if p.grad is not None]
+        anchors, importance = self._local()
+        penalties.add_quadratic_gradient(
+            [params.local(self.dense[i].grad) for i in rows],
+            [params.local(self.dense[i]) for i in rows],
+            [anchors[i] for i in rows],
+            [importance[i] for i in rows],
+            strength,
+        )
+        for pair, slopes in zip(self.pairs, penalties.low_rank_gradients(self._factors(), strength)):
+            for parameter, slope in zip((pair.B, pair.A), slopes):
+                if parameter.grad is not None:
+                    parameter.grad.add_(params.aligned(slope.to(parameter.dtype), parameter))
+
+    @torch.no_grad()
+    def step(self, strength: float, learning_rate: float) -> None:
+        """Move the weights after the optimizer: implicit for ordinary weights, explicit for LoRA products."""
+        anchors, importance = self._local()
+        penalties.proximal(params.locals_of(self.dense), anchors, importance, strength, learning_rate)
+        for pair, slopes in zip(self.pairs, penalties.low_rank_gradients(self._factors(), strength)):
+            for parameter, slope in zip((pair.B, pair.A), slopes):
+                parameter.sub_(params.aligned((learning_rate * slope).to(parameter.dtype), parameter))
+
+    def stiffness(self, strength: float, learning_rate: float) -> float:
+        """max η·λ·F over ordinary weights: plain gradient descent diverges from 2 on."""
+        return penalties.stiffness(self._local()[1], strength, learning_rate)
+
+    def _local(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        return params.locals_of(self._anchors), [None if f is None else params.local(f) for f in self._importance]
+
+    def _factors(self) -> list[penalties.LowRank]:
+        return [
+            penalties.LowRank(_whole(pair.B), _whole(pair.A), scale=pair.scaling, **product)
+            for pair, product in zip(self.pairs, self._products)
+        ]
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

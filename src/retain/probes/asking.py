@@ -1,0 +1,98 @@
+"""Ask a model all probes: one pass over the items, the written answers of all probes in shared batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from retain.models.generation import Generated, generate, has_chat_template, render
+from retain.probes.base import Item, Outcome, Probe, Progress, Subject
+
+
+class WrittenProbe(Probe):
+    """A probe whose items the model answers in its own words. A kind overrides `judge`.
+
+    The answer is greedy, through the chat template where there is one. A field `max_tokens` of an item, or
+    the option of the probe, limits its length.
+    """
+
+    max_tokens: ClassVar[int] = 64
+
+    def limit(self, item: Item) -> int:
+        """Most tokens that the answer to an item may have."""
+        return int(item.fields.get("max_tokens") or self.options.get("max_tokens") or self.max_tokens)
+
+    def judge(self, item: Item, answer: Generated) -> tuple[float, str, dict[str, Any]]:
+        """Score (0 to 1), reference as a text, and what else is to be kept."""
+        raise NotImplementedError
+
+    def outcomes(self, answers: Sequence[Generated], prompts: Sequence[str]) -> list[Outcome]:
+        """Answers to the items, in their order, as rows."""
+        rows = []
+        for item, answer, prompt in zip(self.items, answers, prompts, strict=True):
+            score, reference, details = self.judge(item, answer)
+            details |= {"written": answer.tokens, "finished": answer.finished}
+            if answer.truncated:
+                details["truncated"] = answer.truncated
+            rows.append(Outcome(item.id, prompt, reference, answer.text, float(score), score == 1.0, details=details))
+        return rows
+
+    def look(self, subject: Subject, progress: Progress = lambda n: None) -> list[Outcome]:
+        """Ask every item; outcomes in the order of `self.items`."""
+        return look_together([self], subject, progress)[0]
+
+
+def look_together(
+    probes: Sequence[WrittenProbe], subject: Subject, progress: Progress = lambda n: None
+) -> list[list[Outcome]]:
+    """Outcomes of every probe; all prompts go into the same batches."""
+    chat = subject.chat and has_chat_template(subject.tokenizer)
+    items = [(probe, item) for probe in probes for item in probe.items]
+    messages = [[{"role": "user", "content": item.fields["prompt"]}] for _, item in items]
+    prompts = [render(subject.tokenizer, message, chat) for message in messages]
+    answers = generate(
+        subject.model,
+        subject.tokenizer,
+        messages if chat else prompts,
+        max_new_tokens=[probe.limit(item) for probe, item in items],
+        batch_tokens=subject.batch_tokens,
+        progress=progress,
+    )
+    found, start = [], 0
+    for probe in probes:
+        end = start + len(probe.items)
+        found.append(probe.outcomes(answers[start:end], prompts[start:end]))
+        start = end
+    return found
+
+
+def ask(probes: Sequence[Probe], subject: Subject, progress: Progress = lambda n: None) -> list[dict[str, Any]]:
+    """Ask all probes; rows of the item table (`results.ITEM_COLUMNS`) in the order of probes and items.
+
+    Args:
+        probes: what to measure; the order of their items never changes.
+        subject: the model under test.
+        progress: called with the number of items just finished; they add up to the items of all probes.
+    """
+    written = [probe for probe in probes if isinstance(probe, WrittenProbe)]
+    answered = iter(look_together(written, subject, progress) if written else [])
+    rows = []
+    for probe in probes:
+        outcomes = next(answered) if isinstance(probe, WrittenProbe) else probe.look(subject, progress)
+        rows += [_row(probe, outcome) for outcome in outcomes]
+    return rows
+
+
+def _row(probe: Probe, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "probe": probe.name,
+        "item": outcome.item,
+        "prompt": outcome.prompt,
+        "reference": outcome.reference,
+        "output": outcome.output,
+        "score": float(outcome.score),
+        "correct": outcome.correct,
+        "tokens": outcome.tokens,
+        "details": json.dumps(outcome.details, ensure_ascii=False, sort_keys=True),
+    }

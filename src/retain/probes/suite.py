@@ -1,0 +1,205 @@
+"""Load probes: the built-in suite, a JSONL file or a folder of them, in one of several forms.
+
+A row says what it is (`probe`, `kind`, `group`, `id`) or it is told by its fields:
+
+    prompt (or question), choices, answer      choice       good, bad          pair
+    prompt, answers (or final, or response)    answer       text               perplexity
+    prompt, check                              instruction  prompt, safe       refusal
+
+What a row does not say is derived: the probe's name from the file, the id from the content, the group from the
+kind. The kinds are the modules of this package; there is no list to keep.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import retain.probes
+from retain.errors import DataError, unknown
+from retain.probes.base import Item, Probe
+
+GROUPS = ("knowledge", "capability", "behaviour")
+BUILT_IN = Path(__file__).parent / "suites"
+_ABOUT = {"id", "probe", "kind", "group"}
+
+
+@functools.cache
+def kinds() -> dict[str, type[Probe]]:
+    """Every kind of probe by name: the module of that name in this package that defines it."""
+    found = {}
+    for module in pkgutil.iter_modules(retain.probes.__path__):
+        if module.ispkg:
+            continue
+        loaded = importlib.import_module(f"retain.probes.{module.name}")
+        for value in vars(loaded).values():
+            if isinstance(value, type) and issubclass(value, Probe) and vars(value).get("kind") == module.name:
+                found[module.name] = value
+    return found
+
+
+def load_probes(
+    source: str | Path,
+    limit: int | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> list[Probe]:
+    """Probes of a source, in the order of its files and rows.
+
+    Args:
+        source: the name of a built-in suite (`core`), a JSONL file, or a folder whose *.jsonl are read.
+        limit: at most this many items per probe: a fair sample, the same at every call, in the order of the
+            file; a smaller limit takes a part of what a larger one takes.
+        name: name for rows that do not say their probe; the stem of the file by default.
+        seed: of the sample.
+        options: options of the probes, such as `normalisation`, `layout`, `max_tokens`, `window`.
+
+    Raises:
+        DataError: nothing there; a row that is malformed, incomplete, twice there, or of no known kind.
+    """
+    rows = (
+        (where, {**row, "probe": row.get("probe") or name or _stem(path)})
+        for path in _files(source)
+        for where, row in _rows(path)
+    )
+    return _build(rows, str(source), limit, seed, options)
+
+
+def probes_from_rows(
+    rows: Iterable[dict[str, Any]],
+    name: str,
+    limit: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> list[Probe]:
+    """Probes of rows that are in memory, as `load_probes` makes them of files; `name` as there."""
+    placed = (
+        (f"{name}, row {number}", {**row, "probe": row.get("probe") or name})
+        for number, row in enumerate(rows, start=1)
+    )
+    return _build(placed, name, limit, seed, options)
+
+
+def _build(
+    rows: Iterable[tuple[str, dict[str, Any]]], source: str, limit: int | None, seed: int, options: dict[str, Any]
+) -> list[Probe]:
+    if limit is not None and limit < 1:
+        raise DataError(f"{source}: limit {limit} given; allowed is 1 or more.")
+    probes: dict[str, tuple[type[Probe], str, list[Item], dict[str, str]]] = {}
+    for where, row in rows:
+        label = str(row["probe"])
+        cls, group, item = _item(where, row)
+        if label not in probes:
+            probes[label] = (cls, group, [], {})
+        first, first_group, items, seen = probes[label]
+        if cls is not first or group != first_group:
+            raise DataError(
+                f"{where}: probe '{label}' is {first.kind} ({first_group}) above and {cls.kind} ({group}) here. "
+                "Give the row another `probe`."
+            )
+        if item.id in seen:
+            raise DataError(f"{where}: the item '{item.id}' is already at {seen[item.id]}. Remove one of them.")
+        seen[item.id] = where
+        items.append(item)
+    if not probes:
+        raise DataError(f"{source}: has no rows. Give a JSONL file with one probe item per line.")
+    return [
+        cls(label, _sample(items, limit, seed), group, **options) for label, (cls, group, items, _) in probes.items()
+    ]
+
+
+def _files(source: str | Path) -> list[Path]:
+    path = Path(source)
+    if isinstance(source, str) and (BUILT_IN / source).is_dir() and "/" not in source.strip("."):
+        path = BUILT_IN / source
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if not files:
+            raise DataError(f"{source}: no *.jsonl in this folder. Give a folder with probe files, or one file.")
+        return files
+    if path.is_file():
+        return [path]
+    built_in = ", ".join(sorted(folder.name for folder in BUILT_IN.iterdir() if folder.is_dir()))
+    raise DataError(f"{source}: no such file or folder. Give a path, or a built-in suite: {built_in}.")
+
+
+def _stem(path: Path) -> str:
+    """The file's name, or its folder's where the file is only called after a split."""
+    return path.parent.name if path.stem in ("test", "dev", "train", "valid") else path.stem
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{where}: not JSON ({error}). Write one JSON object per line.") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: a {type(row).__name__} given. Write one JSON object per line.")
+                yield where, row
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+
+
+def _item(where: str, row: dict[str, Any]) -> tuple[type[Probe], str, Item]:
+    """Kind, group and item of a row in any of the forms."""
+    fields = {key: value for key, value in row.items() if key not in _ABOUT and value is not None}
+    if "prompt" not in fields and "question" in fields:
+        fields["prompt"] = fields["question"]
+        if "choices" in fields:
+            fields.setdefault("layout", "question")
+    if "safe" not in fields and fields.get("label") in ("safe", "unsafe"):
+        fields["safe"] = fields["label"] == "safe"
+    if "answers" not in fields and (one := fields.get("final", fields.get("response"))) is not None:
+        fields["answers"] = [str(one)]
+    known = kinds()
+    kind = row.get("kind")
+    if kind is None:
+        kind = next((k for k in _most_fields_first() if known[k].fields <= fields.keys()), None)
+        if kind is None:
+            needs = "; ".join(f"{k}: {', '.join(sorted(known[k].fields))}" for k in sorted(known))
+            raise DataError(f"{where}: {', '.join(sorted(fields)) or 'no fields'} given. Each kind needs: {needs}.")
+    if kind not in known:
+        raise DataError(unknown(f"{where}, kind", str(kind), known))
+    cls = known[kind]
+    if missing := sorted(cls.fields - fields.keys()):
+        raise DataError(f"{where}: {', '.join(missing)} missing. Kind '{kind}' needs {', '.join(sorted(cls.fields))}.")
+    for key in sorted(cls.fields & {"prompt", "good", "bad", "text"}):
+        if not isinstance(fields[key], str) or not fields[key].strip():
+            raise DataError(f"{where}: {key} {fields[key]!r} given; allowed is a text that is not empty.")
+    group = row.get("group") or cls.group
+    if group not in GROUPS:
+        raise DataError(unknown(f"{where}, group", str(group), GROUPS))
+    return cls, group, Item(str(row.get("id") or _digest(fields)), fields)
+
+
+@functools.cache
+def _most_fields_first() -> tuple[str, ...]:
+    """A row with choices, a check or a safety label is not only a question with an answer."""
+    return tuple(sorted(kinds(), key=lambda kind: (kind == "answer", -len(kinds()[kind].fields), kind)))
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    text = json.dumps(fields, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def _sample(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+    """Items with the smallest hash of seed and id: fair, and the same whatever else is in the file."""
+    if limit is None or limit >= len(items):
+        return items
+    ranked = sorted(items, key=lambda item: hashlib.sha256(f"{seed}:{item.id}".encode()).digest())
+    chosen = {item.id for item in ranked[:limit]}
+    return [item for item in items if item.id in chosen]

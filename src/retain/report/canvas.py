@@ -1,0 +1,82 @@
+"""What every chart shares: colours, sizes, the SVG text and its form inside a page.
+
+Colours are Okabe and Ito's (distinct for colour-blind readers), text stays text, the background is
+transparent and ink is `currentColor`, so that a page shows the charts in its own font, light or dark. The same
+input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+#: Before is grey; then this run and the runs that it is compared with.
+BEFORE = "#9a9a9a"
+RUNS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7"]
+LINES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#9a9a9a"]
+INK = "#0a0b0c"  # stands for `currentColor`, which matplotlib does not know
+WIDTH = 4.6  # inches = 331 units, about the pixels of a phone: text of 11 units stays readable there
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "retain",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "sans-serif"],
+    "font.size": 11,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.unicode_minus": True,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A chart: file name without ending, title, what it shows in words, SVG text for a file."""
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+
+    @property
+    def inline(self) -> str:
+        """The SVG for inside a page: no XML header, no namespaces, ids of its own, ink of the page."""
+        svg = re.sub(r"^.*?(?=<svg)", "", self.svg, flags=re.DOTALL)
+        svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+        svg = svg.replace("xlink:href=", "href=").replace('id="', f'id="{self.name}-')
+        svg = svg.replace("url(#", f"url(#{self.name}-").replace('href="#', f'href="#{self.name}-')
+        svg = re.sub(r'<svg([^>]*?)\swidth="[^"]*"', r"<svg\1", re.sub(r'<svg([^>]*?)\sheight="[^"]*"', r"<svg\1", svg))
+        return svg.replace(INK, "currentColor").strip()
+
+
+def short(text: str, limit: int = 26) -> str:
+    """A name on one line that fits a chart."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def render(figure: Figure, name: str, title: str, alt: str) -> Picture:
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        empty = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
+    return Picture(name, title, alt, buffer.getvalue())
+
+
+def new_figure(height: float, rows: int = 1, **layout: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False, **layout)
+    return figure, list(axes[:, 0])

@@ -1,0 +1,108 @@
+"""Tables for the terminal, as Rich renderables. Text from models and data is never read as Rich markup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from retain.report import wording
+from retain.report.wording import CONCLUSION_TONE, Tone
+from retain.results import Results
+
+STYLES: dict[Tone, str] = {"good": "green", "bad": "yellow", "unknown": "bright_black"}
+
+
+def _plain(text: str, limit: int = 160) -> Text:
+    line = " ".join(text.split())
+    return Text(line if len(line) <= limit else line[: limit - 1] + "…")
+
+
+def summary(results: Results) -> RenderableType:
+    """The verdict, the three numbers and one line per probe of a run."""
+    words, tone = wording.headline(results)
+    text = Text(words + ". ", style=f"bold {STYLES[tone]}")
+    text.append(wording.sentence(results), style="not bold default")
+    parts: list[RenderableType] = [Panel(text, title=_plain(results.name, 60), border_style=STYLES[tone])]
+    numbers = Table.grid(padding=(0, 2))
+    for big in (wording.learned(results), wording.kept(results), wording.lost(results)):
+        value = Text(big.value, style=f"bold {STYLES[big.tone]}")
+        numbers.add_row(Text(big.label, style="bold"), value, Text(big.interval), Text(big.note, style="dim"))
+    if results.changes:
+        parts.append(numbers)
+    parts.append(_probes(results))
+    return Group(*parts)
+
+
+def _probes(results: Results) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("probe", overflow="fold")
+    measured_once = not results.changes
+    for head in ("score",) if measured_once else ("before", "after", "change"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("items" if measured_once else "lost/gained", justify="right", no_wrap=True)
+    if measured_once:
+        scores = results.scores.get(results.stages[0], {}) if results.stages else {}
+        for info in results.probes:
+            if (found := scores.get(info.name)) is not None:
+                value = f"{wording.score(info, found.value)} {wording.score_interval(info, found)}"
+                table.add_row(_plain(info.name), value, str(info.items))
+        return table
+    table.add_column("conclusion", no_wrap=True)
+    for role in ("task", "reference"):
+        for info, change in wording.changes_of(results, role):
+            table.add_row(
+                _plain(info.name),
+                wording.score(info, change.before.value),
+                wording.score(info, change.after.value),
+                f"{wording.difference(info, change.difference.value)} {wording.unit(info)} "
+                f"{wording.difference_interval(info, change.difference)}",
+                f"{change.lost}/{change.gained}",
+                Text(change.conclusion, style=STYLES[CONCLUSION_TONE[change.conclusion]]),
+            )
+        table.add_section()
+    return table
+
+
+def compare(results_a: Results, results_b: Results, *more: Results) -> Table:
+    """Runs side by side, one column each: learned, kept and lost with their intervals, and the verdict.
+
+    Raises:
+        RunError: the runs start from different models or share no probe.
+    """
+    runs = [results_a, results_b, *more]
+    for other in runs[1:]:
+        wording.check_comparable(results_a, other)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 1, 0))
+    table.add_column("")
+    for results in runs:
+        table.add_column(_plain(results.name, 40), overflow="fold")
+    for words in (wording.learned, wording.kept, wording.lost):
+        numbers = [words(results) for results in runs]
+        cells = [
+            Text.assemble((big.value, f"bold {STYLES[big.tone]}"), f"\n{big.interval}" if big.interval else "")
+            for big in numbers
+        ]
+        table.add_row(Text(numbers[0].label), *cells)
+    verdicts = [wording.headline(results) for results in runs]
+    table.add_row(Text("Verdict"), *(Text(words, style=STYLES[tone]) for words, tone in verdicts))
+    return table
+
+
+def questions(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> Table:
+    """Prompts with the answer of each model beside them.
+
+    Args:
+        prompts: n prompts.
+        answers: label of a model → its n answers, in the order of the columns ("base", "naive", "retained").
+    """
+    table = Table(header_style="bold", show_lines=True)
+    table.add_column("question", overflow="fold", style="dim")
+    for label in answers:
+        table.add_column(_plain(label, 40), overflow="fold")
+    for place, prompt in enumerate(prompts):
+        table.add_row(_plain(prompt), *(_plain(given[place]) for given in answers.values()))
+    return table

@@ -1,0 +1,218 @@
+"""What a run leaves behind: the shape of `results.json` and of the item tables. No torch here.
+
+A run directory holds plain files only. `results.json` is a `Results`; `probes/<stage>.parquet` holds one row
+per item (`ITEM_COLUMNS`); `metrics.jsonl` one JSON object per training step or look. Reports, comparisons,
+merging and serving read these files and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from retain.errors import RunError
+
+SCHEMA_VERSION = 1
+
+#: Columns of `probes/<stage>.parquet`; one row per item and stage.
+ITEM_COLUMNS = {
+    "probe": "string",  # name of the probe
+    "item": "string",  # id of the item, the same at every stage
+    "prompt": "string",  # what the model was shown
+    "reference": "string",  # the right answer, or a JSON list of them
+    "output": "string",  # the answer given or chosen ("" for perplexity)
+    "score": "double",  # what is averaged: 0/1, a fraction, or for perplexity the summed −log p in nats
+    "correct": "bool",  # null where an item is not right or wrong (perplexity)
+    "tokens": "int64",  # weight: scored tokens for perplexity, otherwise 1
+    "details": "string",  # JSON object with every other number of the item
+}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Estimate(_Record):
+    """A number with its interval, at the confidence named in the results."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ProbeInfo(_Record):
+    """What a probe measures. `role` is "reference" (old abilities) or "task" (something learned here)."""
+
+    name: str
+    kind: str
+    group: str
+    role: Literal["reference", "task"]
+    task: str | None = None  # the task whose test set this is
+    metric: str  # "accuracy", "exact match", "perplexity", …
+    higher_is_better: bool = True
+    chance: float | None = None  # expected score of blind guessing
+    items: int
+
+
+class Change(_Record):
+    """One probe, before against after, on the same items.
+
+    `difference` is after − before in the unit of the score; for perplexity it is the change of the mean
+    negative log-likelihood in nats per token. `forgetting` is positive when things got worse, relative to
+    before. `detectable` is the smallest true difference that this probe would have shown with 80 % power.
+    """
+
+    probe: str
+    before: Estimate
+    after: Estimate
+    difference: Estimate
+    p: float
+    p_holm: float
+    lost: int
+    gained: int
+    kept: int  # right before and after
+    items: int
+    forgetting: float
+    retention: float  # percent, capped at 100
+    band: Literal["excellent", "good", "fair", "poor"]
+    detectable: float
+    conclusion: Literal["lost", "kept", "gained", "cannot tell"]
+    forgetting_raw: float | None = None  # share of items 1 → 0
+    forgetting_adjusted: float | None = None  # chance-adjusted
+    forgetting_paired: float | None = None  # paired moment estimator
+
+
+class Sequence(_Record):
+    """Numbers of the task matrix; None where a sequence is too short to define them."""
+
+    accuracy: float | None
+    incremental_accuracy: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+    forgetting: float | None
+    plasticity: float | None
+    stability: float | None
+    intransigence: float | None = None
+
+
+class Verdict(_Record):
+    """The run in a few numbers: M6 of the product's definition, with the thresholds that were used."""
+
+    forgetting: float  # mean relative drop over the reference probes
+    improvement: float  # mean relative gain on the task probes
+    improvement_score: float
+    balance: float
+    mean_reference: float
+    stability_efficiency: float
+    successful: bool
+    lost_over_threshold: list[str]
+    sentence: str
+    difference: Estimate | None = None  # macro mean change over the reference probes, paired interval
+
+
+class StepSummary(_Record):
+    """One task's training in short."""
+
+    task: str
+    stage: str
+    steps: int
+    new_rows: int
+    replay_rows: int
+    seconds: float
+    trainable: int
+    parameters: int
+    final_loss: float | None
+
+
+class Results(_Record):
+    """Everything a report needs apart from the item tables."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    created: str
+    model: str
+    seed: int
+    confidence: float = 0.95
+    command: str
+    old: str  # what stood for old data: "true old rows from …", "text the model wrote itself", "none"
+    methods: dict[str, dict[str, Any]]
+    tasks: list[str]
+    stages: list[str]  # "00-base", "01-<task>", …
+    probes: list[ProbeInfo]
+    scores: dict[str, dict[str, Estimate]]  # stage → probe → score
+    matrix: list[list[float | None]]  # row 0 = base; matrix[i][j] = score on task j after task i
+    sequence: Sequence
+    changes: list[Change]  # base against the last stage, every probe
+    verdict: Verdict | None
+    training: list[StepSummary]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_results(results: Results, directory: Path) -> None:
+    """Write `results.json`."""
+    write_text(directory / "results.json", results.model_dump_json(indent=1) + "\n")
+
+
+def load_results(directory: Path) -> Results:
+    """Read `results.json` of a run directory.
+
+    Raises:
+        RunError: there is none, or it is of another version.
+    """
+    path = Path(directory) / "results.json"
+    if not path.is_file():
+        raise RunError(f"{directory}: no results.json here. Give the directory of a finished run (runs/<name>).")
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise RunError(f"{path}: not a results file of version {SCHEMA_VERSION} ({first}).") from error
+
+
+def save_items(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write item rows (`ITEM_COLUMNS`) as Parquet, under a temporary name first."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"string": pa.string(), "double": pa.float64(), "bool": pa.bool_(), "int64": pa.int64()}
+    schema = pa.schema([(name, kinds[kind]) for name, kind in ITEM_COLUMNS.items()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+    os.replace(temporary, path)
+
+
+def load_items(path: Path) -> list[dict[str, Any]]:
+    """Read item rows written by `save_items`."""
+    import pyarrow.parquet as pq
+
+    if not Path(path).is_file():
+        raise RunError(f"{path}: no such item table. Run the probes of this stage again.")
+    return pq.read_table(path).to_pylist()
+
+
+def load_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`; a half-written last line (a run that was killed) is left out."""
+    path = Path(directory) / "metrics.jsonl"
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records

@@ -1,0 +1,160 @@
+"""The run directory: what is where, what is finished, and which model belongs to which stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from retain.config import RunConfig, dump, parse
+from retain.errors import RunError
+from retain.results import write_text
+
+BASE = "00-base"
+
+
+class RunDirectory:
+    """Paths and marks of one run.
+
+    Args:
+        path: the directory; made by `begin`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    # -- paths -------------------------------------------------------------------------------------------
+    @property
+    def config(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def task(self, stage: str) -> Path:
+        """Folder of one task: its model, its checkpoints, its mark."""
+        return self.path / "tasks" / stage
+
+    def items(self, stage: str) -> Path:
+        """Item table of a stage."""
+        return self.path / "probes" / f"{stage}.parquet"
+
+    def questions(self, name: str) -> Path:
+        """A task's test rows as a probe file."""
+        return self.path / "probes" / f"{name}.jsonl"
+
+    # -- begin and continue --------------------------------------------------------------------------------
+    def begin(self, config: RunConfig) -> None:
+        """Make the directory, or check that it belongs to this configuration.
+
+        A finished run may be continued with more tasks: the earlier ones must be the same.
+
+        Raises:
+            RunError: the directory holds another run, or cannot be written.
+        """
+        if self.config.is_file():
+            earlier = self.read_config()
+            old, new = earlier.model_dump(mode="json"), config.model_dump(mode="json")
+            differs = next(
+                (key for key in new if key not in ("tasks", "name", "output") and new[key] != old[key]), None
+            )
+            count = len(earlier.tasks)
+            if differs is None and (
+                new["tasks"][:count] != old["tasks"] or config.task_names[:count] != earlier.task_names
+            ):
+                differs = "tasks"
+            if differs:
+                raise RunError(
+                    f"{self.path}: this directory holds a run with other `{differs}`. Choose another `output:` (or "
+                    "`--output`), or delete the directory. More tasks may be added at the end of the list."
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise RunError(f"{self.path}: not empty and not a run directory. Choose another `output:`.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, dump(config))
+            write_text(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error.strerror}). Choose another `output:`.") from error
+
+    def read_config(self) -> RunConfig:
+        """The configuration that the run was made with.
+
+        Raises:
+            RunError: this is not a run directory.
+        """
+        if not self.config.is_file():
+            raise RunError(f"{self.path}: no run.yaml here. Give a run directory such as runs/<name>.")
+        return parse(yaml.safe_load(self.config.read_text(encoding="utf-8")), str(self.config))
+
+    # -- marks ---------------------------------------------------------------------------------------------
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The summary of a finished task, or None."""
+        mark = self.task(stage) / "done.json"
+        return json.loads(mark.read_text()) if mark.is_file() else None
+
+    def save_task(self, stage: str, model: Any, summary: dict[str, Any]) -> None:
+        """Write a task's model under a temporary name, rename it, then mark the task done and drop checkpoints."""
+        folder = self.task(stage)
+        kind = "adapter" if hasattr(model, "peft_config") else "model"
+        partial, final = folder / f"{kind}.part", folder / kind
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        model.save_pretrained(partial)
+        os.replace(partial, final)
+        write_text(folder / "done.json", json.dumps({**summary, "kind": kind}, indent=1) + "\n")
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def require_space(self, needed: int) -> None:
+        """Refuse to start what cannot be saved.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            RunError: less is free.
+        """
+        free = shutil.disk_usage(self.path if self.path.is_dir() else Path.cwd()).free
+        if free < needed:
+            raise RunError(
+                f"{self.path}: {free / 2**30:.1f} GiB are free, about {needed / 2**30:.1f} GiB are needed for "
+                "checkpoints and models. Free some space, choose another `output:`, or use `lora`."
+            )
+
+
+def stage_name(index: int, task: str) -> str:
+    """`02-arithmetic` for the second task."""
+    return f"{index:02d}-{''.join(c if c.isalnum() or c in '-_.' else '_' for c in task)}"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for `env.json`."""
+    versions = {}
+    for name in ("retain-llm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+    }
+    if "torch" in sys.modules:
+        import torch
+
+        found["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found

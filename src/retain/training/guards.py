@@ -1,0 +1,58 @@
+"""Checks before and at step 1: a setting that would have no effect is an error, never a silent no-op."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from retain.errors import ConfigError
+from retain.methods.base import Stack
+from retain.methods.context import Run
+from retain.models import params
+
+logger = logging.getLogger(__name__)
+
+
+def available(run: Run) -> frozenset[str]:
+    """What methods may rely on in this run, for `Stack.check_needs`."""
+    return frozenset({"old"} if run.old is not None else ())
+
+
+def check_host(trainer: Any, stack: Stack) -> None:
+    """Refuse combinations of trainer and methods that would do nothing or the wrong thing.
+
+    Raises:
+        ConfigError: DeepSpeed or fp16 with methods that edit gradients, or nothing to train.
+    """
+    editors = [m.name for m in stack.methods if m.edits_gradients]
+    if editors and trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            f"methods.{editors[0]}: edits gradients, which DeepSpeed has already used and cleared by then. "
+            "Use DDP or FSDP2, or methods that add a loss (distill, replay)."
+        )
+    if editors and getattr(trainer.args, "fp16", False):
+        raise ConfigError(
+            f"methods.{editors[0]}: gradients are scaled under fp16, so the pull would be lost. "
+            "Set `train: {bf16: true, fp16: false}`."
+        )
+    if trainer.model is not None and not params.trainable(trainer.model):
+        raise ConfigError("model: no parameter is trainable. A quantised model needs `lora`; or freeze less.")
+
+
+def check_gradients(model: Any) -> None:
+    """After the first backward: gradients must have reached what is trained.
+
+    Raises:
+        ConfigError: no trainable parameter received a gradient.
+    """
+    learning = params.trainable(model)
+    missing = [name for name, p in learning.items() if p.grad is None]
+    if len(missing) == len(learning):
+        raise ConfigError("training step 1: no trainable parameter received a gradient; nothing would be learned.")
+    if missing:
+        logger.warning(
+            "%d of %d trainable tensors received no gradient at step 1, e.g. %s",
+            len(missing),
+            len(learning),
+            missing[0],
+        )

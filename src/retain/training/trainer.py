@@ -1,0 +1,338 @@
+"""Training with methods. The only file that knows the inside of the Hugging Face trainer.
+
+`ContinualMixin` goes over any `transformers.Trainer`; `ContinualTrainer` is the mixin over TRL's `SFTTrainer`.
+The trainer owns every scale factor: a batch loss is divided by the same global token count as the main loss,
+gradient edits happen once per optimizer step, after the last reduction and before clipping.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from retain.data.mixture import Mixture, MixtureSampler
+from retain.errors import ConfigError, TrainingDiverged
+from retain.methods.base import Method, Stack
+from retain.methods.context import Batch, Run
+from retain.models import params
+from retain.models.load import load_model
+from retain.training import checkpoint, guards
+
+logger = logging.getLogger(__name__)
+
+
+class ContinualMixin:
+    """Adds methods to a `transformers.Trainer` subclass: `class Mine(ContinualMixin, MyTrainer)`.
+
+    Args:
+        model: a causal language model, or a name for `load_model`.
+        args: `TrainingArguments` (or the trainer's own subclass).
+        methods: method objects, applied together in this order.
+        old: rows that stand for old data (a `datasets.Dataset` in chat form); without them, methods that
+            need old data let the model write its own.
+        run: the context methods see; made from `args` when not given.
+
+    Raises:
+        ConfigError: methods that clash, lack what they need, or cannot work under these arguments.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *rest: Any,
+        methods: Sequence[Method] = (),
+        old: Any = None,
+        run: Run | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.stack = Stack(methods)
+        if isinstance(model, str):
+            model, tokenizer = load_model(model)
+            kwargs.setdefault("processing_class", tokenizer)
+        if run is None:
+            run = Run(Path(getattr(args, "output_dir", "retain-run")), seed=getattr(args, "seed", 0))
+        self.run = run
+        run.old = old if old is not None else run.old
+        if args is not None:
+            # the host replaces NaN losses by the running average; a diverged run must not look healthy
+            args.logging_nan_inf_filter = False
+        model = self.stack.prepare_model(model, run)
+        super().__init__(model, args, *rest, **kwargs)
+        run.tokenizer = run.tokenizer or getattr(self, "processing_class", None)
+        run.log, run.batches, run.tokenise = self._note, self._batches, self._tokenised
+        run.model = self.model
+        run.optimizer = str(getattr(self.args, "optim", "adamw"))
+        self._terms: dict[str, list[torch.Tensor | float]] = defaultdict(list)
+        self._pending_state: dict[str, torch.Tensor] = {}
+        self._mixture: Mixture | None = None
+        self._has_batch_losses = any(type(m).batch_loss is not Method.batch_loss for m in self.stack.methods)
+        self._coverage_checked = False
+        guards.check_host(self, self.stack)
+        self.stack.check_needs(guards.available(run))
+        self.add_callback(_AfterStep(self))
+
+    # -- data --------------------------------------------------------------------------------------------
+    def _tokenised(self, rows: Any) -> Any:
+        """Rows in the form of the training set; pre-tokenised rows pass through."""
+        columns = rows.column_names or []
+        if "input_ids" in columns or not hasattr(self, "_prepare_dataset"):
+            return rows
+        return self._prepare_dataset(
+            rows, self.processing_class, self.args, getattr(self.args, "packing", False), None, "replay"
+        )
+
+    def _mix(self) -> None:
+        """Let methods add rows, then make one data set of new rows followed by replay rows."""
+        with self.accelerator.autocast():
+            mixture = self.stack.prepare_data(Mixture(new=self.train_dataset), self.run)
+        if mixture.replay is None:
+            return
+        replay = self._tokenised(mixture.replay)
+        if len(replay) == 0:
+            raise ConfigError("methods.replay: no replay row is left after tokenising. Raise `train.max_length`.")
+        fraction = mixture.fraction or (lambda progress: 0.0)
+        if not hasattr(mixture.new, "__len__"):
+            self.train_dataset = _interleaved(mixture.new, replay, fraction, self.run.seed)
+        else:
+            from datasets import concatenate_datasets
+
+            keep = [c for c in mixture.new.column_names if c in replay.column_names]
+            parts = [
+                part.select_columns(keep).add_column("source", [origin] * len(part))
+                for origin, part in enumerate((mixture.new, replay))
+            ]
+            self._mixture = Mixture(parts[0], parts[1], fraction, mixture.by)
+            self.train_dataset = concatenate_datasets(parts)
+        self.data_collator = _SourceCollator(self.data_collator)
+        self.run.has_replay = True
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "source" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "source"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._mixture is None:
+            return super()._get_train_sampler(train_dataset)
+        args, mixture = self.args, self._mixture
+        window = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return MixtureSampler(
+            _supervised(mixture.new, mixture.by),
+            _supervised(mixture.replay, mixture.by),
+            mixture.fraction,
+            mixture.by,
+            window,
+            epochs=self._planned_epochs(len(mixture.new), window),
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+
+    def _planned_epochs(self, rows: int, window: int) -> int:
+        if self.args.max_steps > 0:
+            return max(1, round(self.args.max_steps * window / max(rows, 1)))
+        return max(1, int(np.ceil(self.args.num_train_epochs)))
+
+    def _batches(self, rows: Any, size: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        """Tokenised, collated batches of rows on the training device: (inputs, labels)."""
+        tokenised = self._tokenised(rows)
+        collate = getattr(self.data_collator, "inner", self.data_collator)
+        wanted = [c for c in ("input_ids", "labels", "seq_lengths") if c in tokenised.column_names]
+        tokenised = tokenised.select_columns(wanted)
+        for first in range(0, len(tokenised), size):
+            examples = [tokenised[i] for i in range(first, min(first + size, len(tokenised)))]
+            inputs = self._prepare_inputs(collate(examples))
+            yield inputs, inputs.pop("labels")
+
+    # -- the loop ----------------------------------------------------------------------------------------
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train one task: methods start, the host's loop runs, methods finish. Takes what the host takes.
+
+        Raises:
+            RunError: the checkpoint to continue from is damaged.
+            TrainingDiverged: a loss term is no longer a number; the last checkpoint is kept.
+        """
+        found = checkpoint.resolve(resume_from_checkpoint, Path(self.args.output_dir))
+        self._mix()
+        self.run.max_steps = self.args.max_steps
+        self.run.learning_rate = self.args.learning_rate
+        self.run.start = checkpoint.start_weights(
+            Path(self.args.output_dir), self.model, keep=self.args.should_save, resumed=found is not None
+        )
+        self.run.restored = found is not None
+        if found is not None:
+            self.stack.load_state_dict(checkpoint.load_state(found))
+        self.run.model = self.model
+        with params.evaluating(self.model), self.accelerator.autocast():
+            self.stack.on_task_start(self.model, self.run)
+        result = super().train(resume_from_checkpoint=str(found) if found else None, **kwargs)
+        with self.accelerator.autocast():
+            self.stack.on_task_end(self.model, self.run)
+        self.model = self.stack.finish_model(self.model, self.run)
+        return result
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        source = inputs.pop("source", None)
+        if not (self._has_batch_losses and self.model.training and self.is_in_train):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        labels = inputs["labels"]
+        with params.captured_hidden(model) as seen:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        kept = {k: v for k, v in inputs.items() if k not in ("labels", "use_cache", "output_router_logits")}
+        if source is None:
+            source = torch.zeros(labels.shape[0], dtype=torch.long, device=labels.device)
+        batch = Batch(kept, labels, seen[0], source)
+        self._note("loss/main", loss.detach() * self._shown_scale(num_items_in_batch))
+        for name, term in self.stack.batch_losses(batch, self.run).items():
+            scaled = self._per_token(term, batch, num_items_in_batch)
+            loss = loss + scaled
+            self._note(f"loss/{name}", scaled.detach() * self._shown_scale(num_items_in_batch))
+        return loss
+
+    def _per_token(self, term: torch.Tensor, batch: Batch, num_items: Any) -> torch.Tensor:
+        """A sum over supervised tokens, scaled exactly as the host scales the cross-entropy."""
+        if num_items is None:
+            return term / batch.supervised.sum().clamp(min=1)
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return term / num_items * ranks
+
+    def _shown_scale(self, num_items: Any) -> int:
+        # with a global token count, micro-batch losses add up to the step's loss; the log averages them
+        return self.current_gradient_accumulation_steps if num_items is not None else 1
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.run.step = self.state.global_step
+        self.run.learning_rate = self._get_learning_rate()
+        every = self.args.logging_steps
+        self.run.logging_now = (self.state.global_step + 1) % max(1, int(every)) == 0
+        self.run.max_steps = self.state.max_steps
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(self._diverged(loss))
+        if self.accelerator.sync_gradients:
+            if not self._coverage_checked:
+                guards.check_gradients(self.model)
+                self._coverage_checked = True
+            self.stack.edit_gradients(model, self.run)
+        return loss
+
+    def _diverged(self, loss: torch.Tensor) -> str:
+        terms = {name: float(values[-1]) for name, values in self._terms.items() if values}
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in terms.items()) or "plain loss only"
+        bad = [n for n, v in terms.items() if not np.isfinite(v)] or [
+            n for n, v in terms.items() if n != "loss/main" and abs(v) > 1e4
+        ]
+        blame = f"term {bad[0]}" if bad else "the main loss (or a weight update before it)"
+        last = checkpoint.newest(Path(self.args.output_dir))
+        kept = f"last good state: {last}" if last else "no checkpoint was written yet"
+        return (
+            f"training step {self.state.global_step + 1}: the loss became {float(loss):g}; first suspect: {blame} "
+            f"({shown}); {kept}. Lower the learning rate or that method's strength, then run again."
+        )
+
+    def rows_seen(self) -> tuple[int, int]:
+        """(new, replayed) rows that the finished training was shown, over all ranks."""
+        window = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        steps = self.state.global_step
+        if self._mixture is None:
+            return min(
+                steps * window, int(np.ceil(self.state.epoch or 0)) * _length(self.train_dataset, steps * window)
+            ), 0
+        new, seen, epoch = 0, 0, 0
+        sampler = self._get_train_sampler()
+        while steps > 0:
+            rows = sampler.plan(epoch)
+            used = rows[: steps * window]
+            new, seen = new + int((used < len(self._mixture.new)).sum()), seen + len(used)
+            steps, epoch = steps - int(np.ceil(len(rows) / window)), epoch + 1
+        return new, seen - new
+
+    def release(self) -> None:
+        """Take the host's wrappers off the model: autocast around `forward`, and TRL's fused head."""
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        for module in (self.model, params.causal(self.model)):
+            vars(module).pop("forward", None)
+            vars(module).pop("_original_forward", None)
+
+    # -- logging and state -------------------------------------------------------------------------------
+    def _note(self, name: str, value: Any) -> None:
+        self._terms[name].append(value)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for name, values in self._terms.items():
+                logs[name] = float(np.mean([float(v) for v in values]))
+            self._terms.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            checkpoint.complete(folder, self.stack.state_dict())
+
+
+class _AfterStep(TrainerCallback):
+    """Calls `on_step_end` of the methods after the optimizer moved the weights."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if not trainer.accelerator.optimizer_step_was_skipped:
+            trainer.stack.on_step_end(trainer.model, trainer.run)
+
+
+class _SourceCollator:
+    """Keeps each row's origin (0 new, 1 replay) beside what the inner collator makes."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self.inner([{k: v for k, v in example.items() if k != "source"} for example in examples])
+        batch["source"] = torch.tensor([int(example.get("source", 0)) for example in examples])
+        return batch
+
+
+def _length(rows: Any, default: int) -> int:
+    return len(rows) if hasattr(rows, "__len__") else default
+
+
+def _supervised(rows: Any, by: str) -> np.ndarray:
+    if by == "rows":
+        return np.ones(len(rows), dtype=np.int64)
+    return np.array([sum(label != -100 for label in labels) for labels in rows["labels"]], dtype=np.int64)
+
+
+def _interleaved(new: Any, replay: Any, fraction: Any, seed: int) -> Any:
+    """A streamed mixture; the share is constant because a stream has no end to schedule towards."""
+    from datasets import interleave_datasets
+
+    share = fraction(0.0)
+    if fraction(1.0) != share:
+        raise ConfigError(
+            "methods.replay.schedule: a streamed data set takes a constant share only. Set `schedule: constant`."
+        )
+    new = new.map(lambda row: {**row, "source": 0})
+    old = replay.to_iterable_dataset().map(lambda row: {**row, "source": 1}).repeat(None)
+    return interleave_datasets([new, old], probabilities=[1 - share, share], seed=seed)
+
+
+class ContinualTrainer(ContinualMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with methods: chat templates, packing, completion-only loss, PEFT and accelerate.
+
+    Example:
+        >>> trainer = ContinualTrainer(model, args, train_dataset=rows, methods=[Replay(fraction=0.1)])
+        >>> trainer.train()
+    """
