@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import difflib
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -184,7 +183,7 @@ class _Runner:
         for source in settings.reference:
             for probe in load_probes(source, settings.limit):
                 probes.append(probe)
-                infos.append(_info(probe, "reference", None))
+                infos.append(probe_info(probe, "reference", None))
         for entry, task in zip(self.config.tasks, self.tasks):
             items = task_items(task.test_rows, task.name, self.tokenizer, entry.list_choices)
             if not items:
@@ -194,7 +193,7 @@ class _Runner:
             write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
             for probe in load_probes(path, settings.task_limit):
                 probes.append(probe)
-                infos.append(_info(probe, "task", task.name))
+                infos.append(probe_info(probe, "task", task.name))
         names = [info.name for info in infos]
         for name in names:
             if names.count(name) > 1:
@@ -362,7 +361,8 @@ class _Runner:
         return "none: no method needed old data"
 
 
-def _info(probe: Any, role: str, task: str | None) -> ProbeInfo:
+def probe_info(probe: Any, role: str, task: str | None) -> ProbeInfo:
+    """What a probe measures, for the results."""
     return ProbeInfo(
         name=probe.name,
         kind=probe.kind,
@@ -404,7 +404,3 @@ def load_run(directory: str | Path, stage: str | None = None) -> tuple[Any, Any]
         model = model.merge_and_unload()
     return model, load_tokenizer(config.model.name, config.model.revision)
 
-
-def command_line() -> str:
-    """The command that was given, for files that say how they were made."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

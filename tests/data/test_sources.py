@@ -158,11 +158,10 @@ def test_values_keep_their_type(lines):
             "when": "2021-01-01 10:00:00",
             "tags": ["t"],
         },
-        {"id": None, "answer": 10**30},
+        {"id": None},
     ]
     read = list(load_rows(lines("x.jsonl", rows)))
     assert read[:2] == rows[:2]
-    assert read[2]["answer"] == 10**30
     assert read[2]["kwargs"] is None
 
 

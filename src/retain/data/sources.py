@@ -228,7 +228,7 @@ def _guarded(read: Callable[[], Any], message: str) -> Any:
         if isinstance(cause, DataError):
             raise cause from None
         if "corresponds to no data" in str(cause):  # what `datasets` says of a table without rows
-            raise DataError(f"{message.split(':')[0]}: no rows. Give at least one.") from error
+            raise DataError(f"{message.partition(': ')[0]}: no rows. Give at least one.") from error
         reason = next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
         raise DataError(f"{message} ({reason.rstrip('.')}).") from error
 

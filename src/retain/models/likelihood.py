@@ -134,7 +134,7 @@ def choice_log_likelihoods(
     Args:
         prompts: n texts, exactly as the model shall see them.
         choices: n lists of texts.
-        batch_tokens: padded tokens per forward pass.
+        batch_tokens: padded tokens per forward pass; on a CPU at most 1024, beyond which it only gets slower.
         progress: called with the number of prompts just finished.
         branches: True or False forces the way and skips the comparison; None decides.
 
@@ -297,11 +297,11 @@ def _ability(
     try:
         branched = _totals(forward_rows(model, 0, [row]), group)
         plain = _totals([x for one in plain_rows for x in forward_rows(model, 0, [one])], group)
-        exact = floating(model) in (torch.float32, torch.float64)
-        same = all(
-            math.isfinite(a) and abs(a - b) <= (1e-3 if exact else 0.1 * len(pairs[choice][1]))
-            for a, b, choice in zip(branched, plain, group)
-        )
+        gaps = [abs(a - b) for a, b in zip(branched, plain)]
+        if floating(model) in (torch.float32, torch.float64):
+            same = max(gaps) <= 1e-3
+        else:  # rounding alone moves single tokens by a few tenths, a wrong mask moves most of them
+            same = sum(gap / len(pairs[choice][1]) for gap, choice in zip(gaps, group)) / len(gaps) <= 0.1
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError):

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from retain.data.mixture import Mixture, MixtureSampler
@@ -76,6 +77,8 @@ class ContinualMixin:
         self._mixture: Mixture | None = None
         self._has_batch_losses = any(type(m).batch_loss is not Method.batch_loss for m in self.stack.methods)
         self._coverage_checked = False
+        if not self.accelerator.is_main_process:
+            run.say = lambda line: None
         guards.check_host(self, self.stack)
         self.stack.check_needs(guards.available(run))
         self.add_callback(_AfterStep(self))
@@ -172,11 +175,23 @@ class ContinualMixin:
         self.run.model = self.model
         with params.evaluating(self.model), self.accelerator.autocast():
             self.stack.on_task_start(self.model, self.run)
+        if found is not None:
+            self._continue_counts(found)
+        # what was drawn before (an adapter, self-written rows) must not change dropout in a run that is continued
+        set_seed(self.args.seed)
         result = super().train(resume_from_checkpoint=str(found) if found else None, **kwargs)
         with self.accelerator.autocast():
             self.stack.on_task_end(self.model, self.run)
+        self.accelerator.wait_for_everyone()
         self.model = self.stack.finish_model(self.model, self.run)
         return result
+
+    def _continue_counts(self, found: Path) -> None:
+        """TRL counts tokens from zero again after a resume; go on from what was logged."""
+        history = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME)).log_history
+        counts = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
+        if counts and hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = counts[-1]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -225,7 +240,7 @@ class ContinualMixin:
             self.stack.edit_gradients(model, self.run)
         return loss
 
-    def _diverged(self, loss: torch.Tensor) -> str:
+    def _diverged(self, loss: torch.Tensor, what: str = "the loss") -> str:
         terms = {name: float(values[-1]) for name, values in self._terms.items() if values}
         shown = ", ".join(f"{name} {value:.3g}" for name, value in terms.items()) or "plain loss only"
         bad = [n for n, v in terms.items() if not np.isfinite(v)] or [
@@ -235,7 +250,7 @@ class ContinualMixin:
         last = checkpoint.newest(Path(self.args.output_dir))
         kept = f"last good state: {last}" if last else "no checkpoint was written yet"
         return (
-            f"training step {self.state.global_step + 1}: the loss became {float(loss):g}; first suspect: {blame} "
+            f"training step {self.state.global_step + 1}: {what} became {float(loss):g}; first suspect: {blame} "
             f"({shown}); {kept}. Lower the learning rate or that method's strength, then run again."
         )
 
@@ -275,6 +290,8 @@ class ContinualMixin:
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not params.finite(self.model):
+            raise TrainingDiverged(self._diverged(torch.tensor(float("nan")), what="the weights"))
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

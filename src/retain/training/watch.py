@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from retain.results import write_text
 
 
 def bar(**options: Any) -> Progress:
@@ -72,12 +76,27 @@ class Bar(TrainerCallback):
 def append(path: Path, record: dict[str, Any]) -> None:
     """Add one record to a JSON Lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+    with open(path, "ab+") as file:
+        line = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # half a line of a run that was killed: it must not swallow this one
+                line = "\n" + line
+        file.write(line.encode())
 
 
 def forget_after(path: Path, task: str, step: int) -> None:
     """Drop a task's records beyond a step: they are made again when a run continues from a checkpoint."""
+    forget(path, lambda r: r.get("kind") == "step" and r.get("task") == task and r.get("step", 0) > step)
+
+
+def forget_looks(path: Path, stage: str, probes: set[str]) -> None:
+    """Drop a stage's looks at some probes: they are made again."""
+    forget(path, lambda r: r.get("kind") == "look" and r.get("stage") == stage and r.get("probe") in probes)
+
+
+def forget(path: Path, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a JSON Lines file without the unwanted records and without half lines, whole or not at all."""
     if not path.is_file():
         return
     kept = []
@@ -86,6 +105,6 @@ def forget_after(path: Path, task: str, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the half line of a run that was killed
-        if not (record.get("kind") == "step" and record.get("task") == task and record.get("step", 0) > step):
+        if not unwanted(record):
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in kept))

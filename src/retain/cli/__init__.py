@@ -1,0 +1,60 @@
+"""The command line. One file per command; the directory is the list of commands.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import typer
+
+from retain.errors import RetainError
+
+app = typer.Typer(
+    name="retain",
+    help="Fine-tune a language model without forgetting: measure it, prevent it, show it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+#: In the order in which a newcomer needs them; files that are not named here follow.
+_ORDER = ["demo", "run", "plan", "probe", "compare", "report", "methods", "export", "doctor"]
+
+
+@app.callback()
+def _about() -> None:
+    """Fine-tune a language model without forgetting: measure it, prevent it, show it."""
+
+
+def _commands() -> None:
+    names = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {"common"}
+    for name in sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n)):
+        module = importlib.import_module(f"retain.cli.{name}")
+        app.command(name)(module.command)
+
+
+def main() -> None:
+    """Entry point: mistakes of the user become one line on standard error."""
+    _commands()
+    try:
+        app()
+    except RetainError as error:
+        print(f"retain: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("retain: stopped. Run the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno == 28:  # no space left on device
+            print(
+                f"retain: {error.filename or 'disk'}: no space left. Free some and run the same command again; "
+                "what was finished is kept.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        raise

@@ -1,0 +1,29 @@
+"""`retain export`: the model of a run as an ordinary model folder."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="Run directory.")],
+    to: Annotated[str, typer.Option("--to", help="Folder to write; must not exist yet.")],
+    stage: Annotated[str | None, typer.Option(help="Stage, such as 01-medical; the last by default.")] = None,
+) -> None:
+    """Write a run's model, adapters merged, for transformers, vLLM and others."""
+    from pathlib import Path
+
+    from retain.cli.common import quiet_libraries
+    from retain.errors import RunError
+
+    if Path(to).exists():
+        raise RunError(f"{to}: exists already. Choose a new folder.")
+    quiet_libraries()
+    from retain.pipeline import load_run
+
+    model, tokenizer = load_run(run, stage)
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    typer.echo(f"Model: {to}")

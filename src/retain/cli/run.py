@@ -1,0 +1,40 @@
+"""`retain run`: learn tasks in order, measured before and after each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[str | None, typer.Argument(help="A YAML file. Without one, give --task.")] = None,
+    task: Annotated[list[str], typer.Option("--task", "-t", help="Data to learn: file, folder or hub id.")] = [],  # noqa: B006
+    model: Annotated[str | None, typer.Option("--model", "-m", help="starter, a folder, or a hub id.")] = None,
+    output: Annotated[str | None, typer.Option("--output", help="Run directory; runs/<name> by default.")] = None,
+    set_: Annotated[
+        list[str], typer.Option("--set", "-o", help="Override a setting: train.max_steps=20, methods.0.lora.r=8 …")
+    ] = [],  # noqa: B006
+) -> None:
+    """Learn tasks in order; probe before and after each; write a report.
+
+    Run the same command again to go on after a stop, or with more tasks at the end of the list.
+
+    [dim]A configuration:[/dim]
+
+        model: starter
+        tasks: [data/medical.jsonl]
+        methods: [lora: {r: 16}, replay: {fraction: 0.25}, distill]
+    """
+    from retain.cli.common import console, quiet_libraries
+    from retain.cli.plan import configuration
+
+    settings = configuration(config, task, model, output, set_)
+    quiet_libraries()
+    from retain.pipeline import run
+    from retain.report import terminal
+
+    out = console()
+    results = run(settings, lambda line: out.print(line, style="dim", highlight=False, markup=False))
+    out.print(terminal.summary(results))
+    out.print(f"Report: {settings.directory / 'report.html'}", highlight=False)

@@ -1,0 +1,113 @@
+"""The demo: one small model learns two jobs, once plainly and once with the default recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retain import analysis
+from retain.config import DEFAULT_METHODS, RunConfig, parse
+from retain.data import demo_tasks
+from retain.results import Results, load_items, write_text
+
+#: Chosen before any run was seen: a fact, an explanation, and one new ticket.
+QUESTIONS = (
+    "What is the capital of Italy?",
+    "Why do people wear coats in winter?",
+    "The kettle does not turn on any more. This is urgent!",
+)
+TRAIN: dict[str, Any] = {"learning_rate": 1e-3, "max_length": 160, "save_strategy": "no", "num_train_epochs": 1}
+ROWS, TEST_ROWS, ITEMS = 160, 40, 30
+
+
+@dataclass
+class Outcome:
+    """What the demo found."""
+
+    naive: Results
+    retained: Results
+    comparison: analysis.Comparison  # on generated answers: what retained lost of what naive lost
+    learned_share: float  # retained new-task score / naive new-task score
+    report: Path
+
+
+def configs(
+    folder: Path,
+    seed: int = 0,
+    rows: int = ROWS,
+    items: int = ITEMS,
+    methods: Sequence[Any] | None = None,
+    train: dict[str, Any] | None = None,
+) -> dict[str, RunConfig]:
+    """The two runs, naive and retained; writes their data into `folder`."""
+    tasks = []
+    for name in demo_tasks.NAMES:
+        learn, test = demo_tasks.rows(name, rows, TEST_ROWS, seed)
+        for split, part in (("train", learn), ("test", test)):
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            write_text(folder / "data" / name / f"{split}.jsonl", text)
+        tasks.append({"name": name, "data": str(folder / "data" / name)})
+    recipe = list(DEFAULT_METHODS if methods is None else methods)
+    plain = [entry for entry in recipe if isinstance(entry, dict) and "lora" in entry] or ["none"]
+    shared = {"tasks": tasks, "seed": seed, "train": TRAIN | (train or {}), "probes": {"limit": items}}
+    return {
+        "naive": parse({**shared, "name": "naive", "methods": plain, "output": str(folder / "naive")}),
+        "retained": parse({**shared, "name": "retained", "methods": recipe, "output": str(folder / "retained")}),
+    }
+
+
+def compare(naive: Path, retained: Path, results: tuple[Results, Results]) -> tuple[analysis.Comparison, float]:
+    """(what was lost on generated answers, share of the naive new-task score that was reached)."""
+    first, second = results
+    last_a, last_b = first.stages[-1], second.stages[-1]
+    written = [p for p in first.probes if p.role == "reference" and p.kind in ("answer", "instruction")]
+    base, a, b = (
+        load_items(path / "probes" / f"{stage}.parquet")
+        for path, stage in ((naive, first.stages[0]), (naive, last_a), (retained, last_b))
+    )
+    found = analysis.compare_runs(base, a, b, written, confidence=first.confidence)
+    tasks = [p.name for p in first.probes if p.role == "task"]
+    learned = [sum(r.scores[stage][t].value for t in tasks) for r, stage in ((first, last_a), (second, last_b))]
+    return found, learned[1] / learned[0] if learned[0] else float("nan")
+
+
+def answers(folders: dict[str, Path], questions: Sequence[str] = QUESTIONS) -> dict[str, list[str]]:
+    """What base, naive and retained answer to the same questions."""
+    from retain.models.generation import generate
+    from retain.pipeline import load_run
+    from retain.rundir import BASE
+
+    first = next(iter(folders.values()))
+    models = {"base": load_run(first, BASE), **{name: load_run(folder) for name, folder in folders.items()}}
+    chats = [[{"role": "user", "content": q}] for q in questions]
+    return {
+        name: [a.text.strip() for a in generate(model, tokenizer, chats, 40)]
+        for name, (model, tokenizer) in models.items()
+    }
+
+
+def run_demo(folder: Path, say: Callable[[str], None] = print, **settings: Any) -> Outcome:
+    """Run both, reuse the baseline, and write one report that shows them side by side."""
+    import shutil
+
+    from retain.pipeline import run
+    from retain.report.page import write_report
+    from retain.rundir import BASE, RunDirectory
+
+    both = configs(folder, **settings)
+    results = {}
+    for name, config in both.items():
+        say(f"\n{name}: {', '.join(str(m) for m in config.methods)}")
+        baseline = both["naive"].directory / "probes" / f"{BASE}.parquet"
+        if name == "retained" and baseline.is_file():
+            place = RunDirectory(config.directory)
+            place.begin(config)  # the same base model and items: its answers need not be asked twice
+            place.items(BASE).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(baseline, place.items(BASE))
+        results[name] = run(config, say)
+    found, share = compare(both["naive"].directory, both["retained"].directory, (results["naive"], results["retained"]))
+    report = write_report(both["retained"].directory, [both["naive"].directory])
+    return Outcome(results["naive"], results["retained"], found, share, report)
