@@ -179,7 +179,11 @@ def read(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
         line = f":{place.line + 1}" if place else ""
         problem = getattr(error, "problem", "") or "cannot be read"
         raise ConfigError(f"{path}{line}: not YAML ({problem}). Check indentation and quotes.") from None
-    return parse(override(values or {}, overrides or []), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}). Save it as UTF-8 text.") from None
+    if values is None or isinstance(values, dict):
+        values = override(values or {}, overrides or [])
+    return parse(values, str(path))
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

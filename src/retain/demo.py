@@ -51,7 +51,7 @@ def configs(
             write_text(folder / "data" / name / f"{split}.jsonl", text)
         tasks.append({"name": name, "data": str(folder / "data" / name)})
     recipe = list(DEFAULT_METHODS if methods is None else methods)
-    plain = [entry for entry in recipe if isinstance(entry, dict) and "lora" in entry] or ["none"]
+    plain: list[Any] = [e for e in recipe if isinstance(e, dict) and "lora" in e] or ["none"]
     shared = {"tasks": tasks, "seed": seed, "train": TRAIN | (train or {}), "probes": {"limit": items}}
     return {
         "naive": parse({**shared, "name": "naive", "methods": plain, "output": str(folder / "naive")}),
@@ -60,7 +60,10 @@ def configs(
 
 
 def compare(naive: Path, retained: Path, results: tuple[Results, Results]) -> tuple[analysis.Comparison, float]:
-    """(what was lost on generated answers, share of the naive new-task score that was reached)."""
+    """(what was lost on generated answers, share of the naive new-task score that was reached).
+
+    A task's new-task score is taken right after it was learned: what the later task did to it is forgetting.
+    """
     first, second = results
     last_a, last_b = first.stages[-1], second.stages[-1]
     written = [p for p in first.probes if p.role == "reference" and p.kind in ("answer", "instruction")]
@@ -69,8 +72,7 @@ def compare(naive: Path, retained: Path, results: tuple[Results, Results]) -> tu
         for path, stage in ((naive, first.stages[0]), (naive, last_a), (retained, last_b))
     )
     found = analysis.compare_runs(base, a, b, written, confidence=first.confidence)
-    tasks = [p.name for p in first.probes if p.role == "task"]
-    learned = [sum(r.scores[stage][t].value for t in tasks) for r, stage in ((first, last_a), (second, last_b))]
+    learned = [sum(r.matrix[j + 1][j] or 0.0 for j in range(len(r.tasks))) for r in results]
     return found, learned[1] / learned[0] if learned[0] else float("nan")
 
 
@@ -111,3 +113,12 @@ def run_demo(folder: Path, say: Callable[[str], None] = print, **settings: Any) 
     found, share = compare(both["naive"].directory, both["retained"].directory, (results["naive"], results["retained"]))
     report = write_report(both["retained"].directory, [both["naive"].directory])
     return Outcome(results["naive"], results["retained"], found, share, report)
+
+
+def sentence(found: Outcome) -> str:
+    """What the demo showed, in one line with its interval."""
+    c = found.comparison
+    lost = f"On generated answers the naive run lost {100 * c.lost_a.value:.1f} points"
+    kept = f"the retained run {100 * c.lost_b.value:.1f} [{100 * c.lost_b.low:.1f}, {100 * c.lost_b.high:.1f}]"
+    share = f", {c.ratio.value:.0%} [{c.ratio.low:.0%}, {c.ratio.high:.0%}] of it" if c.ratio else ""
+    return f"{lost}, {kept}{share}; it reached {found.learned_share:.0%} of the naive run's new-task score."

@@ -24,7 +24,16 @@ from retain.data.tasks import Task, load_task
 from retain.errors import ConfigError, DataError, RunError
 from retain.methods import build
 from retain.methods.base import Stack
-from retain.results import ProbeInfo, Results, StepSummary, load_items, save_items, save_results, write_text
+from retain.results import (
+    ProbeInfo,
+    Results,
+    StepSummary,
+    load_items,
+    load_results,
+    save_items,
+    save_results,
+    write_text,
+)
 from retain.rundir import BASE, RunDirectory, stage_name
 
 Say = Callable[[str], None]
@@ -71,10 +80,18 @@ def plan(config: RunConfig) -> Plan:
         raise ConfigError("model.quantize: quantised weights cannot be trained. Add `lora` to the methods.")
     train = {**TRAIN_DEFAULTS, **({} if "lora" in names else {"learning_rate": FULL_LEARNING_RATE}), **config.train}
     check_train(train)
+    if not _accelerator():
+        train.setdefault("use_cpu", True)  # bfloat16 on a CPU has to be asked for in this way
     if not {"bf16", "fp16"} & train.keys():
         train["bf16"] = _fast_bf16(bool(train.get("use_cpu")))
     stages = [BASE] + [stage_name(i, name) for i, name in enumerate(config.task_names, 1)]
     return Plan(config, stack, train, stages)
+
+
+def _accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _fast_bf16(use_cpu: bool) -> bool:
@@ -126,7 +143,9 @@ class _Runner:
     def __init__(self, planned: Plan, say: Say) -> None:
         self.plan, self.config, self.say = planned, planned.config, say
         self.place = RunDirectory(self.config.directory)
-        self.notes: list[str] = []
+        self.ranks = _ranks(bool(planned.train.get("use_cpu")))
+        if not self.ranks.is_main_process:
+            self.say = lambda line: None
 
     def run(self) -> Results:
         config, place = self.config, self.place
@@ -134,24 +153,35 @@ class _Runner:
 
         # everything that can be wrong with the input is found before anything is written
         self.tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
-        self.tasks = self._load_tasks()
-        self.old = self._load_old()
-        self._check_space()
-        place.begin(config)
-        self.probes, self.infos = self._load_probes()
+        with self.ranks.main_process_first():  # one process fills the caches
+            self.tasks = self._load_tasks()
+            self.old = self._load_old()
         self.model: Any = None
-        self._probe(BASE, 0)
+        # under torchrun all processes train; the main one alone writes and probes, the others wait for it
+        if self.ranks.is_main_process:
+            self._check_space()
+            self.probes, self.infos, questions = self._load_probes()
+            place.begin(config)
+            for name, lines in questions.items():
+                write_text(place.questions(name), lines)
+            self._probe(BASE, 0)
+        self.ranks.wait_for_everyone()
         for index, task in enumerate(self.tasks, 1):
             stage = self.plan.stages[index]
-            if place.done(stage) is None:
+            finished = place.done(stage) is not None
+            self.ranks.wait_for_everyone()  # all have looked before one marks it done
+            if not finished:
                 self._train(index, task, stage)
-            self._probe(stage, index)
-        results = self._results()
-        save_results(results, place.path)
-        from retain.report.page import write_report
+            if self.ranks.is_main_process:
+                self._probe(stage, index)
+            self.ranks.wait_for_everyone()
+        if self.ranks.is_main_process:
+            from retain.report.page import write_report
 
-        write_report(place.path)
-        return results
+            save_results(self._results(), place.path)
+            write_report(place.path)
+        self.ranks.wait_for_everyone()
+        return load_results(place.path)
 
     # -- input -------------------------------------------------------------------------------------------
     def _load_tasks(self) -> list[Task]:
@@ -172,14 +202,15 @@ class _Runner:
             return None
         return to_chat(load_rows(self.config.old, "train", seed=self.config.seed), self.config.old)
 
-    def _load_probes(self) -> tuple[list[Any], list[ProbeInfo]]:
+    def _load_probes(self) -> tuple[list[Any], list[ProbeInfo], dict[str, str]]:
+        """Probes, what they measure, and each task's test rows as the text of a probe file."""
         import json
 
-        from retain.probes.suite import load_probes
+        from retain.probes.suite import load_probes, probes_from_rows
         from retain.probes.tasks import task_items
 
         settings = self.config.probes
-        probes, infos = [], []
+        probes, infos, questions = [], [], {}
         for source in settings.reference:
             for probe in load_probes(source, settings.limit):
                 probes.append(probe)
@@ -189,16 +220,15 @@ class _Runner:
             if not items:
                 self.say(f"{task.name}: no test rows that can be scored; what it learns is not measured.")
                 continue
-            path = self.place.questions(task.name)
-            write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
-            for probe in load_probes(path, settings.task_limit):
+            questions[task.name] = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+            for probe in probes_from_rows(items, task.name, settings.task_limit):
                 probes.append(probe)
                 infos.append(probe_info(probe, "task", task.name))
         names = [info.name for info in infos]
         for name in names:
             if names.count(name) > 1:
                 raise DataError(f"probes: two probes are called '{name}'. Give the task another `name:`.")
-        return probes, infos
+        return probes, infos, questions
 
     def _check_space(self) -> None:
         from retain.models.load import resolve
@@ -230,14 +260,14 @@ class _Runner:
             return
         from retain.probes.asking import ask
         from retain.probes.base import Subject
-        from retain.training.watch import append, bar
+        from retain.training.watch import append, bar, forget_looks
 
         subject = Subject(self._model_of(index), self.tokenizer)
         with bar(transient=True) as progress:
             job = progress.add_task(f"probing {stage}", total=sum(len(p.items) for p in missing), note="")
             with self._precision():
                 rows = ask(missing, subject, lambda n: progress.update(job, advance=n))
-        save_items(known + rows, path)
+        forget_looks(self.place.metrics, stage, {p.name for p in missing})
         for info in self.infos:
             mine = [row for row in rows if row["probe"] == info.name]
             if mine:
@@ -247,6 +277,7 @@ class _Runner:
                     {"kind": "look", "stage": stage, "probe": info.name, "score": found.value}
                     | {"low": found.low, "high": found.high},
                 )
+        save_items(known + rows, path)  # last: it marks the looks as done
 
     def _precision(self) -> Any:
         import torch
@@ -311,9 +342,10 @@ class _Runner:
             seconds=round(time.monotonic() - start, 1),
             trainable=learning,
             parameters=total,
-            final_loss=float(outcome.training_loss),
+            final_loss=next((float(e["loss"]) for e in reversed(trainer.state.log_history) if "loss" in e), None),
         )
-        self.place.save_task(stage, trainer.model, summary.model_dump())
+        if self.ranks.is_main_process:
+            self.place.save_task(stage, trainer.model, summary.model_dump())
         self.model = (index, trainer.model)
 
     # -- numbers -----------------------------------------------------------------------------------------
@@ -361,6 +393,14 @@ class _Runner:
         return "none: no method needed old data"
 
 
+def _ranks(use_cpu: bool) -> Any:
+    """The processes of this run: one, or those that torchrun or `accelerate launch` started."""
+    from accelerate import PartialState
+
+    # a long time limit, as the others wait while one process probes; torchrun ends them when one fails
+    return PartialState(cpu=use_cpu, timeout=datetime.timedelta(hours=12))
+
+
 def probe_info(probe: Any, role: str, task: str | None) -> ProbeInfo:
     """What a probe measures, for the results."""
     return ProbeInfo(
@@ -403,4 +443,3 @@ def load_run(directory: str | Path, stage: str | None = None) -> tuple[Any, Any]
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     return model, load_tokenizer(config.model.name, config.model.revision)
-

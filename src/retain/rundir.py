@@ -93,13 +93,22 @@ class RunDirectory:
         """
         if not self.config.is_file():
             raise RunError(f"{self.path}: no run.yaml here. Give a run directory such as runs/<name>.")
-        return parse(yaml.safe_load(self.config.read_text(encoding="utf-8")), str(self.config))
+        try:
+            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunError(
+                f"{self.config}: damaged ({' '.join(str(error).split())}). Put back the configuration of the run."
+            ) from error
+        return parse(values, str(self.config))
 
     # -- marks ---------------------------------------------------------------------------------------------
     def done(self, stage: str) -> dict[str, Any] | None:
         """The summary of a finished task, or None."""
         mark = self.task(stage) / "done.json"
-        return json.loads(mark.read_text()) if mark.is_file() else None
+        try:
+            return json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
+        except ValueError as error:
+            raise RunError(f"{mark}: damaged ({error}). Delete it; the task is then trained again.") from error
 
     def save_task(self, stage: str, model: Any, summary: dict[str, Any]) -> None:
         """Write a task's model under a temporary name, rename it, then mark the task done and drop checkpoints."""
@@ -123,7 +132,10 @@ class RunDirectory:
         Raises:
             RunError: less is free.
         """
-        free = shutil.disk_usage(self.path if self.path.is_dir() else Path.cwd()).free
+        place = self.path.absolute()
+        while not place.is_dir():
+            place = place.parent
+        free = shutil.disk_usage(place).free
         if free < needed:
             raise RunError(
                 f"{self.path}: {free / 2**30:.1f} GiB are free, about {needed / 2**30:.1f} GiB are needed for "

@@ -56,6 +56,10 @@ class Buffer:
         if size < 1:
             raise ConfigError(f"buffer.size: {size} given. Allowed: 1 or more.")
         self.directory, self.size, self.policy, self.seed = Path(directory), size, policy, seed
+        self.seen = 0
+        self._file: str | None = None
+        self._groups: dict[str, Reservoir] = {}
+        self._cached: Dataset | None = None
         self._reopen()
 
     def __len__(self) -> int:
@@ -101,14 +105,15 @@ class Buffer:
 
     # ------------------------------------------------------------------------------------------------ inside
 
-    def _add(self, rows: Iterable[Any], source: str, task: str) -> int:
+    def _add(self, rows: Any, source: str, task: str) -> int:
         stored_rows = isinstance(rows, Dataset)
         names = self._check(rows.column_names, source) if stored_rows else None
         group, before = task if self.policy == "balanced" else "all", self.seen
         moved = self._make_room(group)
         reservoir = self._groups[group]
         taken: dict[int, tuple[int, Any]] = {}  # slot → (place in all rows seen, row or its number)
-        for row in range(len(rows)) if stored_rows else rows:
+        offered: Iterable[Any] = range(len(rows)) if stored_rows else rows
+        for row in offered:
             if names is None:
                 names = self._check(list(row), source)
             self.seen += 1
@@ -224,10 +229,7 @@ class Buffer:
 
     def _reopen(self) -> None:
         """Take the state from disk; an empty buffer where there is none."""
-        self.seen = 0
-        self._file: str | None = None
-        self._groups: dict[str, Reservoir] = {}
-        self._cached: Dataset | None = None
+        self.seen, self._file, self._groups, self._cached = 0, None, {}, None
         if not (self.directory / "state.json").is_file():
             return
         path = self.directory / "state.json"

@@ -157,7 +157,8 @@ def write_rows(
     writer = _Writer(write, tokenizer, filters, temperature, answer_temperature, chat)
     if endings is None:
         endings = SHORT if filters.response_tokens <= 100 else ()
-    report, rows, begun = Report(), [], time.perf_counter()
+    report, begun = Report(), time.perf_counter()
+    rows: list[dict[str, Any]] = []
     random = np.random.default_rng(seed)
     first, last = _Deck(starts, bare if chat else 0.0), _Deck(endings if chat else ())
     sieve = Sieve(number, filters, report.dropped)

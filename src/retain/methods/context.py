@@ -80,7 +80,7 @@ class Run:
 
         return iter(track(steps, label, total=total, transient=True))
 
-    def old_rows(self, model: Any, number: int, given: Any = _UNSET) -> Any:
+    def old_rows(self, model: Any, number: int, given: Any = _UNSET, max_tokens: int = 64) -> Any:
         """Rows that stand for old abilities: the user's, else text the model writes itself (once per run).
 
         Returns:
@@ -89,11 +89,11 @@ class Run:
         rows = self.old if given is _UNSET else given
         if rows is not None:
             return rows.select(range(min(number, len(rows))))
-        return self_written(model, self.tokenizer, self.buffer, number, self.seed, self.say)
+        return self_written(model, self.tokenizer, self.buffer, number, self.seed, self.say, max_tokens)
 
     def check_stiffness(self, name: str, value: float) -> None:
         """Refuse a pull that plain gradient descent cannot follow; warn where Adam may hide it."""
-        if value >= 2 and "sgd" in self.optimizer:
+        if value >= 2 and "sgd" in self.optimizer.lower():  # the host says OptimizerNames.SGD
             raise ConfigError(
                 f"methods.{name}.strength: learning rate · strength · largest importance is {value:.3g}; gradient "
                 "descent diverges from 2 on. Lower the strength, or set `form: proximal`."
@@ -109,40 +109,49 @@ def self_written(
     number: int,
     seed: int,
     say: Callable[[str], None] = print,
-    max_tokens: int = 96,
+    max_tokens: int = 64,
 ) -> Any:
     """Rows in which the model talks to itself, written once and kept as `self.parquet` in `directory`.
 
     A later caller that asks for more gets what is there, so that every task and method sees the same rows.
     """
+    from accelerate import PartialState
     from datasets import Dataset
+
+    path = directory / "self.parquet"
+    with PartialState().main_process_first():  # one process writes, the others read what it wrote
+        if not path.is_file():
+            _write_self(model, tokenizer, path, number, seed, say, max_tokens)
+        rows = Dataset.from_parquet(str(path), cache_dir=str(directory / ".cache"))
+    return rows.select(range(min(number, len(rows))))
+
+
+def _write_self(
+    model: Any, tokenizer: Any, path: Path, number: int, seed: int, say: Callable[[str], None], max_tokens: int
+) -> None:
     from rich.progress import Progress
 
     from retain.data.synthesis import Filters, write_rows
     from retain.models.generation import generate
 
-    path = directory / "self.parquet"
-    if not path.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        calls = iter(range(1_000_000))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    calls = iter(range(1_000_000))
 
-        def write(prompts: list[str], temperature: float, max_new_tokens: int) -> list[str]:
-            answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed=seed * 1000 + next(calls))
-            return [a.text + (tokenizer.eos_token or "" if a.finished else "") for a in answers]
+    def write(prompts: list[str], temperature: float, max_new_tokens: int) -> list[str]:
+        answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed=seed * 1000 + next(calls))
+        return [a.text + (tokenizer.eos_token or "" if a.finished else "") for a in answers]
 
-        with Progress(transient=True) as bar, params.adapters_off(model):
-            job = bar.add_task("the model writes old rows", total=number)
-            rows, report = write_rows(
-                write,
-                tokenizer,
-                number,
-                seed,
-                filters=Filters(prompt_tokens=48, response_tokens=max_tokens),
-                progress=lambda kept: bar.update(job, advance=kept),
-            )
-        say(f"replay: the model wrote {len(rows)} rows itself ({report.sentence()}).")
-        partial = path.with_name(path.name + ".part")
-        rows.to_parquet(partial)
-        os.replace(partial, path)
-    rows = Dataset.from_parquet(str(path), cache_dir=str(directory / ".cache"))
-    return rows.select(range(min(number, len(rows))))
+    with Progress(transient=True) as bar, params.adapters_off(model):
+        job = bar.add_task("the model writes old rows", total=number)
+        rows, report = write_rows(
+            write,
+            tokenizer,
+            number,
+            seed,
+            filters=Filters(prompt_tokens=48, response_tokens=max_tokens),
+            progress=lambda kept: bar.update(job, advance=kept),
+        )
+    say(f"replay: the model wrote {len(rows)} rows itself ({report.sentence()}).")
+    partial = path.with_name(path.name + ".part")
+    rows.to_parquet(partial)
+    os.replace(partial, path)

@@ -16,9 +16,11 @@ Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 
@@ -53,17 +55,19 @@ class EWC(Method):
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         saved = run.shared_folder / "ewc" / f"{run.task_index:02d}.safetensors"
-        if saved.is_file() and (run.restored or run.task_index > 1):
+        known = saved.is_file() and (run.restored or run.task_index > 1)
+        PartialState().wait_for_everyone()  # all have looked before one writes
+        if known:
             importance = load_file(saved)
         else:
             importance = self.importance(model, run, run.old_rows(model, self.config.samples))
-            saved.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: params.local(t).contiguous() for name, t in importance.items()}, saved)
+            _save(importance, saved)
         self._importance = importance
         self.pull = Pull(model, run.start, importance)
         if self.pull.protected == 0:
             raise ConfigError("methods.ewc: no trainable weight to protect. Remove ewc, or freeze less.")
-        run.check_stiffness(self.name, self.pull.stiffness(self.config.strength, run.learning_rate))
+        if self.config.form == "gradient":
+            run.check_stiffness(self.name, self.pull.stiffness(self.config.strength, run.learning_rate))
 
     def importance(self, model: Any, run: Run, rows: Any) -> params.Tensors:
         """F by parameter name, mean 1; for adapted layers the row and column sums of the base weight's F."""
@@ -136,4 +140,13 @@ class EWC(Method):
         with params.evaluating(model):
             learned = self.importance(model, run, run.new_rows)
         total = {name: self._importance[name].to(t.device) + t for name, t in learned.items()}
-        save_file(total, run.shared_folder / "ewc" / f"{run.task_index + 1:02d}.safetensors")
+        _save(total, run.shared_folder / "ewc" / f"{run.task_index + 1:02d}.safetensors")
+
+
+def _save(importance: params.Tensors, path: Path) -> None:
+    """Write an importance, whole or not at all; every process has the same one, the main process writes it."""
+    if PartialState().is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        save_file({name: params.local(t).contiguous() for name, t in importance.items()}, partial)
+        partial.replace(path)

@@ -32,19 +32,27 @@ class Interpolate(Method):
         strength: float = Field(0.5, ge=0, le=1)
         """How far to go back: 0 not at all, 1 to the start."""
 
-    @torch.no_grad()
-    def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
-        share = 1 - self.config.strength
-        pairs = params.lora_pairs(model)
-        names = {id(p): name for name, p in params.trainable(model).items()}
-        for pair in pairs.values():
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        learning = params.trainable(model)
+        if any("lora_magnitude_vector" in name for name in learning):
+            raise ConfigError(
+                "methods.interpolate: with DoRA the weights are not linear in the adapter. "
+                "Set `lora: {dora: false}`, or remove interpolate."
+            )
+        names = {id(p): name for name, p in learning.items()}
+        for pair in params.lora_pairs(model).values():
             if bool((run.start[names[id(pair.B)]] != 0).any()):
                 raise ConfigError(
                     "methods.interpolate: this adapter did not start at zero, so its product cannot be "
                     "interpolated at the same rank. Give each task a fresh adapter, or remove interpolate."
                 )
+
+    @torch.no_grad()
+    def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        share = 1 - self.config.strength
+        for pair in params.lora_pairs(model).values():
             pair.B.mul_(share)
-        for name, parameter in params.outside_lora(model).items():
-            start = params.aligned(run.start[name], parameter)
-            parameter.copy_(interpolate(start, parameter, share))
+        outside = params.outside_lora(model)
+        start = {name: params.local(params.aligned(run.start[name], p)) for name, p in outside.items()}
+        interpolate(start, {name: params.local(p) for name, p in outside.items()}, share, in_place=True)
         return model

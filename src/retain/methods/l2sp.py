@@ -6,8 +6,8 @@
 Deviations from the paper: no second term for a new head, as a language model has none. The pull is added to
     the gradient after backward (or applied after the optimizer, `form: proximal`), never through autograd.
 Cost: one copy of the trainable weights (none with LoRA beyond the factors); O(parameters) per step.
-Combine with: replay, distill, lora, interpolate. Set `weight_decay: 0`, which pulls to zero instead.
-Conflicts: none.
+Combine with: replay, distill, lora, freeze, interpolate. Set `weight_decay: 0`, which pulls to zero instead.
+Conflicts: ewc (which weighs the same pull by importance).
 Tune: `strength` 0.01–1 in the gradient form, where Adam rescales it; in the proximal form the pull over a run
     is learning rate · strength · steps, and 1–3 is a strong hold.
 """
@@ -41,6 +41,8 @@ class L2SP(Method):
         self.pull = Pull(model, run.start)
         if self.pull.protected == 0:
             raise ConfigError("methods.l2sp: no trainable weight to hold. Remove l2sp, or freeze less.")
+        if self.config.form == "gradient":
+            run.check_stiffness(self.name, self.pull.stiffness(self.config.strength, run.learning_rate))
 
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         if run.logging_now:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from retain.errors import ConfigError
+from retain.errors import ConfigError, unknown
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
 
@@ -47,7 +47,7 @@ class LoRA(Method):
     class Config(MethodConfig):
         r: int = Field(16, ge=0)
         """Rank; 0 turns LoRA off."""
-        alpha: float | None = None
+        alpha: float | None = Field(None, gt=0)
         """Scale numerator; 2r when not given."""
         targets: Literal["qv", "attention", "all"] | list[str] = "all"
         """Which linear layers: q and v, all of attention, all linear layers, or module names."""
@@ -83,14 +83,26 @@ class LoRA(Method):
         chosen = self.config.targets
         if chosen == "all":
             return "all-linear"
+        names = [name for name, _ in model.named_modules()]
+        leaves = {name.rsplit(".", 1)[-1] for name in names}
         if isinstance(chosen, list):
+            for wanted in chosen:
+                if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+                    raise ConfigError(unknown("methods.lora.targets", wanted, _linear(model)))
             return chosen
-        leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        wanted = [alias for part in TARGETS[chosen] for alias in _ALIASES[part] if alias in leaves]
-        wanted = wanted or [name for name in _FUSED if name in leaves]
-        if not wanted:
+        found = {part: [alias for alias in _ALIASES[part] if alias in leaves] for part in TARGETS[chosen]}
+        if not found["q"]:  # query, key and value in one layer
+            found["q"] = [name for name in _FUSED if name in leaves]
+        if not found["q"]:
             raise ConfigError(
                 f"methods.lora.targets: '{chosen}' matches no layer of {type(model).__name__}. "
                 "Use 'all', or list module names such as [q_proj, v_proj]."
             )
-        return wanted
+        return [name for aliases in found.values() for name in aliases]
+
+
+def _linear(model: torch.nn.Module) -> set[str]:
+    """Short names of the layers that an adapter fits on."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}

@@ -15,9 +15,11 @@ Tune: `fraction` 0.01–0.05 for general data, 0.1–0.25 in short runs or when 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from pydantic import Field
 
 from retain.data.buffer import Buffer
@@ -49,7 +51,9 @@ class Replay(Method):
         source: Literal["auto", "old", "self", "none"] = "auto"
         """Rows for abilities from before: the given old rows, self-written ones, whichever is there, or none."""
         rows: int = Field(256, ge=1)
-        """How many such rows are written or taken."""
+        """Most such rows that are taken; of self-written ones no more than one pass over the first task needs."""
+        max_tokens: int = Field(64, ge=8)
+        """Longest answer in a self-written row; long rows weigh more, since the loss counts tokens."""
         buffer: int = Field(10_000, ge=0)
         """Rows of earlier tasks kept on disk; 0 keeps none."""
 
@@ -62,29 +66,33 @@ class Replay(Method):
         parts: list[Any] = []
         if c.source in ("self", "old", "auto"):
             given = run.old if c.source != "self" else None
-            parts.append(run.old_rows(run.model, c.rows, given=given))
+            # one pass over the new rows needs no more; fewer are written faster
+            needed = math.ceil(len(data.new) * c.fraction / (1 - c.fraction)) if hasattr(data.new, "__len__") else c.rows
+            number = c.rows if given is not None else max(16, min(c.rows, needed))
+            parts.append(run.old_rows(run.model, number, given=given, max_tokens=c.max_tokens))
         earlier = self._buffer(run)
         if earlier is not None and len(earlier):
-            parts.append(earlier.rows())
+            rows = earlier.rows()
+            # a run killed after this task filled the buffer must replay what it replayed before
+            rows = rows.select([i for i, source in enumerate(rows["source"]) if source != run.task])
+            # at least half of the replay stands for abilities from before: many task rows must not drown them
+            room = len(parts[0]) if parts else len(rows)
+            parts.append(rows.shuffle(seed=run.seed + run.task_index).select(range(min(room, len(rows)))))
         rows = joined([run.tokenise(part) for part in parts if len(part)])
         if rows is None or len(rows) == 0:
             if run.task_index == 1 and c.source == "none":
                 run.say("replay: nothing to replay during the first task (source: none).")
                 return data
             raise ConfigError("methods.replay: the buffer is empty. Set `source: self`, or give `old:` rows.")
-        constant = c.schedule == "constant"
-        share = schedule(
-            c.schedule,
-            None if c.schedule == "custom" else c.fraction,
-            None if constant else c.end,
-            c.expression,
-        )
+        share = schedule(c.schedule, None if c.schedule == "custom" else c.fraction, c.end, c.expression)
         run.say(f"replay: {len(rows)} rows to replay, share {share(0.0):.0%} of {c.by} at the start.")
         return Mixture(data.new, rows, share, c.by)
 
     def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
+        if not PartialState().is_main_process or run.new_rows is None:
+            return
         buffer = self._buffer(run, create=True)
-        if buffer is not None and run.new_rows is not None and run.task not in buffer.counts("source"):
+        if buffer is not None and run.task not in buffer.counts("source"):
             buffer.add(run.new_rows, run.task)
 
     def _buffer(self, run: Run, create: bool = False) -> Buffer | None:

@@ -91,16 +91,21 @@ class Pull:
 
     @torch.no_grad()
     def step(self, strength: float, learning_rate: float) -> None:
-        """Move the weights after the optimizer: implicit for ordinary weights, explicit for LoRA products."""
+        """Move the weights after the optimizer by the implicit step of the pull, which no strength makes unstable."""
         anchors, importance = self._local()
         penalties.proximal(params.locals_of(self.dense), anchors, importance, strength, learning_rate)
-        for pair, slopes in zip(self.pairs, penalties.low_rank_gradients(self._factors(), strength)):
-            for parameter, slope in zip((pair.B, pair.A), slopes):
-                parameter.sub_(params.aligned((learning_rate * slope).to(parameter.dtype), parameter))
+        for pair, factor in zip(self.pairs, self._factors()):
+            for parameter, moved in zip((pair.B, pair.A), _implicit(factor, strength * learning_rate)):
+                parameter.copy_(params.aligned(moved.to(parameter.dtype), parameter))
 
     def stiffness(self, strength: float, learning_rate: float) -> float:
-        """max η·λ·F over ordinary weights: plain gradient descent diverges from 2 on."""
-        return penalties.stiffness(self._local()[1], strength, learning_rate)
+        """max η·λ·curvature of the pull: plain gradient descent diverges from 2 on. For LoRA that of B, as B is 0."""
+        sizes = [penalties.stiffness(self._local()[1], strength, learning_rate)]
+        for factor in self._factors():
+            rows, columns, weight = _weights(factor)
+            inner = (factor.a.double() * columns) @ factor.a.double().T
+            sizes.append(strength * learning_rate * weight * float(rows.max() * torch.linalg.eigvalsh(inner)[-1]))
+        return max(sizes)
 
     def _local(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         return params.locals_of(self._anchors), [None if f is None else params.local(f) for f in self._importance]
@@ -115,3 +120,44 @@ class Pull:
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
     tensor = parameter.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _weights(factor: penalties.LowRank) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """r, c and s²/Σr in float64; ones, and s², where nothing is weighted."""
+    b, a = factor.b.double(), factor.a.double()
+    if factor.rows is None or factor.columns is None:
+        return torch.ones_like(b[:, 0]), torch.ones_like(a[0]), factor.scale**2
+    rows = factor.rows.double()
+    return rows, factor.columns.double(), factor.scale**2 / float(rows.sum().clamp_min(torch.finfo(rows.dtype).tiny))
+
+
+def _implicit(factor: penalties.LowRank, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and A after one implicit step each on ½ rate · s² Σ F̂ ⊙ (BA − B0A0)², F̂ = r cᵀ / Σr.
+
+    In B alone the pull is quadratic, row by row: with G = A D_c Aᵀ and k_i = rate · s² r_i / Σr the step is
+    b_i ← (b_i + k_i b0_i A0 D_c Aᵀ)(I + k_i G)⁻¹, and one eigenbasis of G serves all rows. Then the same in A,
+    by transposition.
+    """
+    rows, columns, weight = _weights(factor)
+    b, a = factor.b.double(), factor.a.double()
+    b0, a0 = (None, None) if factor.b0 is None else (factor.b0.double(), factor.a0.double())  # type: ignore
+    b = _implicit_left(b, a, b0, a0, rows * (rate * weight), columns)
+    turned = None if b0 is None else (a0.T, b0.T)
+    a = _implicit_left(a.T, b.T, *(turned or (None, None)), columns * (rate * weight), rows).T
+    return b, a
+
+
+def _implicit_left(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    left0: torch.Tensor | None,
+    right0: torch.Tensor | None,
+    stiff: torch.Tensor,
+    columns: torch.Tensor,
+) -> torch.Tensor:
+    """argmin over X of ½‖X − left‖² + ½ Σ_i stiff_i ‖(X right − left0 right0)_i‖²_columns; shapes as B, A, [m], [n]."""
+    values, basis = torch.linalg.eigh((right * columns) @ right.T)
+    target = 0 if left0 is None else left0 @ ((right0 * columns) @ right.T)
+    # written as a move from where it is, so that nothing to do leaves every bit
+    push = (target - left @ ((right * columns) @ right.T)) @ basis
+    return left + (stiff[:, None] * push / (1 + stiff[:, None] * values.clamp_min(0))) @ basis.T

@@ -95,7 +95,7 @@ def start_weights(output: Path, model: Any, keep: bool, resumed: bool) -> params
         try:
             with safe_open(path, "pt") as file:
                 if set(file.keys()) == set(learning):
-                    return {name: file.get_tensor(name).to(learning[name].device) for name in file.keys()}
+                    return {name: file.get_tensor(name).to(learning[name].device) for name in learning}
         except SafetensorError as error:
             raise RunError(f"{path}: damaged ({error}). Delete the task's folder and run again.") from error
         raise RunError(

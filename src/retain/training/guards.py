@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from retain.errors import ConfigError
 from retain.methods.base import Stack
 from retain.methods.context import Run
@@ -56,3 +58,9 @@ def check_gradients(model: Any) -> None:
             len(learning),
             missing[0],
         )
+
+
+@torch.no_grad()
+def weights_finite(model: Any) -> bool:
+    """Whether every trained weight of this rank is a number; asked before a checkpoint replaces a good one."""
+    return all(bool(torch.isfinite(part).all()) for part in params.locals_of(params.trainable(model).values()))

@@ -72,10 +72,11 @@ class ContinualMixin:
         run.log, run.batches, run.tokenise = self._note, self._batches, self._tokenised
         run.model = self.model
         run.optimizer = str(getattr(self.args, "optim", "adamw"))
-        self._terms: dict[str, list[torch.Tensor | float]] = defaultdict(list)
-        self._pending_state: dict[str, torch.Tensor] = {}
+        self._terms: dict[str, list[torch.Tensor | float]] = defaultdict(list)  # what methods say, averaged
+        self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of micro-batches, added up per step
+        self._steps_noted = 0
         self._mixture: Mixture | None = None
-        self._has_batch_losses = any(type(m).batch_loss is not Method.batch_loss for m in self.stack.methods)
+        self._with_loss = [m.name for m in self.stack.methods if type(m).batch_loss is not Method.batch_loss]
         self._coverage_checked = False
         if not self.accelerator.is_main_process:
             run.say = lambda line: None
@@ -197,7 +198,7 @@ class ContinualMixin:
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         source = inputs.pop("source", None)
-        if not (self._has_batch_losses and self.model.training and self.is_in_train):
+        if not (self._with_loss and self.model.training and self.is_in_train):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs["labels"]
         with params.captured_hidden(model) as seen:
@@ -206,11 +207,14 @@ class ContinualMixin:
         if source is None:
             source = torch.zeros(labels.shape[0], dtype=torch.long, device=labels.device)
         batch = Batch(kept, labels, seen[0], source)
-        self._note("loss/main", loss.detach() * self._shown_scale(num_items_in_batch))
-        for name, term in self.stack.batch_losses(batch, self.run).items():
-            scaled = self._per_token(term, batch, num_items_in_batch)
+        # without a global token count the host divides by the number of micro-batches afterwards
+        parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
+        self._losses["loss/main"].append(loss.detach() / parts)
+        terms = self.stack.batch_losses(batch, self.run)
+        for name in self._with_loss:
+            scaled = self._per_token(terms[name], batch, num_items_in_batch) if name in terms else loss.new_zeros(())
             loss = loss + scaled
-            self._note(f"loss/{name}", scaled.detach() * self._shown_scale(num_items_in_batch))
+            self._losses[f"loss/{name}"].append(scaled.detach() / parts)
         return loss
 
     def _per_token(self, term: torch.Tensor, batch: Batch, num_items: Any) -> torch.Tensor:
@@ -219,10 +223,6 @@ class ContinualMixin:
             return term / batch.supervised.sum().clamp(min=1)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return term / num_items * ranks
-
-    def _shown_scale(self, num_items: Any) -> int:
-        # with a global token count, micro-batch losses add up to the step's loss; the log averages them
-        return self.current_gradient_accumulation_steps if num_items is not None else 1
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.run.step = self.state.global_step
@@ -238,10 +238,11 @@ class ContinualMixin:
                 guards.check_gradients(self.model)
                 self._coverage_checked = True
             self.stack.edit_gradients(model, self.run)
+            self._steps_noted += 1
         return loss
 
     def _diverged(self, loss: torch.Tensor, what: str = "the loss") -> str:
-        terms = {name: float(values[-1]) for name, values in self._terms.items() if values}
+        terms = {name: float(values[-1]) for name, values in (self._losses | self._terms).items() if values}
         shown = ", ".join(f"{name} {value:.3g}" for name, value in terms.items()) or "plain loss only"
         bad = [n for n, v in terms.items() if not np.isfinite(v)] or [
             n for n, v in terms.items() if n != "loss/main" and abs(v) > 1e4
@@ -284,13 +285,25 @@ class ContinualMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
+            logs.update(self._step_losses())
             for name, values in self._terms.items():
                 logs[name] = float(np.mean([float(v) for v in values]))
             self._terms.clear()
         super().log(logs, *args, **kwargs)
 
+    def _step_losses(self) -> dict[str, float]:
+        """Main loss and batch losses per step since the last log, over all ranks; they add up to `loss`."""
+        if not self._losses:
+            return {}
+        sums = torch.stack([torch.stack(values).float().sum() for values in self._losses.values()])
+        shown = self.accelerator.reduce(sums / max(1, self._steps_noted), "mean").tolist()
+        names = list(self._losses)
+        self._losses.clear()
+        self._steps_noted = 0
+        return dict(zip(names, shown))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not params.finite(self.model):
+        if not guards.weights_finite(self.model):
             raise TrainingDiverged(self._diverged(torch.tensor(float("nan")), what="the weights"))
         super()._save_checkpoint(model, trial)
         if self.args.should_save:

@@ -1,0 +1,105 @@
+"""The command line: quick help, one-line errors with exit code 2, and the commands on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = ["-o", "probes.limit=2", "-o", "train.max_steps=2", "-o", "train.max_length=64", "-o", "methods=[none]"]
+
+
+def retain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "retain", *words], capture_output=True, text=True, cwd=cwd, timeout=240)
+
+
+def rows(path: Path, number: int = 30) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": f"Say {i}.", "response": str(i)}) for i in range(number)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_help_is_quick_and_does_not_import_torch() -> None:
+    code = (
+        "import sys, retain.cli as c; c._commands(); "
+        "from typer.testing import CliRunner as R; r = R().invoke(c.app, ['--help']); assert r.exit_code == 0; "
+        "print(sorted(m for m in ('torch', 'transformers', 'datasets', 'scipy') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert retain("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_every_command_explains_itself() -> None:
+    from retain.cli import _commands, app
+
+    if not app.registered_commands:
+        _commands()
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert command.callback.__doc__, command.name
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run"], "nothing to learn"),
+        (["run", "no.yaml"], "no.yaml: no such file"),
+        (["run", "--task", "nothing.jsonl"], "nothing.jsonl"),
+        (["run", "--task", "data/a.jsonl", "-o", "methods=[ewk]"], "Did you mean 'ewc'"),
+        (["run", "--task", "data/a.jsonl", "-o", "methods=[ewc, l2sp]"], "cannot be combined"),
+        (["run", "--task", "data/a.jsonl", "-o", "methods=[{replay: {source: old}}]"], "needs 'old'"),
+        (["run", "--task", "data/a.jsonl", "-o", "methods=[{ewc: {strenght: 1}}]"], "Did you mean 'strength'"),
+        (["run", "--task", "data/a.jsonl", "-o", "tran.max_steps=2"], "Did you mean 'train'"),
+        (["run", "--task", "data/a.jsonl", "-o", "train.max_stepz=2"], "Did you mean 'max_steps'"),
+        (["run", "--task", "data/bad.jsonl"], "bad.jsonl:2"),
+        (["run", "--task", "data/empty.jsonl"], "empty.jsonl"),
+        (["run", "--task", "data/a.jsonl", "--model", "no/such-model"], "no/such-model"),
+        (["run", "--task", "data/a.jsonl", "-o", "tasks.0.on=assistant"], "generation"),
+        (["report", "nowhere"], "nowhere"),
+        (["compare", "one"], "at least two"),
+        (["methods", "ewk"], "Did you mean 'ewc'"),
+        (["export", "nowhere", "--to", "x"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(words: list[str], said: str, tmp_path: Path, tiny_cache: Path) -> None:
+    rows(tmp_path / "data" / "a.jsonl")
+    (tmp_path / "data" / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
+    (tmp_path / "data" / "empty.jsonl").write_text("")
+    done = retain(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("retain: ")
+    assert said in message
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists(), "nothing is written when the input is bad"
+
+
+@pytest.mark.slow
+def test_run_report_compare_export_and_probe(tmp_path: Path, tiny_cache: Path) -> None:
+    data = rows(tmp_path / "data" / "a.jsonl")
+    for name in ("one", "two"):
+        done = retain("run", "--task", str(data), "--output", f"runs/{name}", *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"runs/{name}/report.html" in done.stdout
+    assert retain("compare", "runs/one", "runs/two", cwd=tmp_path).returncode == 0
+    assert retain("report", "runs/one", "--against", "runs/two", cwd=tmp_path).returncode == 0
+    assert retain("plan", "--task", str(data), cwd=tmp_path).returncode == 0
+    assert retain("export", "runs/one", "--to", "model", cwd=tmp_path).returncode == 0
+    done = retain("probe", "model", "--limit", "2", "--items", "items.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "countries" in done.stdout
+    assert (tmp_path / "items.parquet").is_file()
+    other = retain("run", "--task", str(data), "--output", "runs/one", *SMALL, "-o", "seed=1", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "`seed`" in other.stderr

@@ -1,0 +1,32 @@
+"""Fixtures of all tests: offline, quiet, one tiny model in memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random model and its tokenizer, as `model.name` takes it."""
+    from tiny import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "SmolLM2-135M-Instruct"
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_cache(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes `starter` the tiny model, in this process and in those it starts."""
+    monkeypatch.setenv("RETAIN_CACHE", str(tiny_folder.parent))
+    return tiny_folder

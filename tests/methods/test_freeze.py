@@ -1,0 +1,121 @@
+"""Freezing: on many families the frozen part stays bit for bit, and the counts are what was asked."""
+
+import itertools
+
+import pytest
+import torch
+from families import FAMILIES, family_model, take_steps
+from training_kit import merged, stored, train
+
+from retain.errors import ConfigError
+from retain.methods.context import Run
+from retain.methods.freeze import Freeze
+from retain.methods.lora import LoRA
+from retain.models import params
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return family_model(request.param)
+
+
+def frozen_names(model, **settings):
+    said = []
+    Freeze(**settings).prepare_model(model, Run(directory=None, say=said.append))
+    assert len(said) == 1
+    return {name for name, p in model.named_parameters() if not p.requires_grad}, said[0]
+
+
+def test_half_of_the_layers_stay_bit_for_bit(family):
+    before = stored(family)
+    frozen, said = frozen_names(family, share=0.5)
+    layers = params.decoder_layers(family)
+    assert len(layers) == 4
+    bottom = {id(p) for layer in layers[:2] for p in layer.parameters()}
+    top = {id(p) for layer in layers[2:] for p in layer.parameters()}
+    embeddings = {id(p) for p in family.get_input_embeddings().parameters()}
+    ids = {id(p) for name, p in family.named_parameters() if name in frozen}
+    assert ids == bottom | embeddings
+    learning = sum(p.numel() for p in family.parameters() if id(p) not in ids)
+    assert f"{learning:,} of {sum(p.numel() for p in family.parameters()):,} " in said
+    take_steps(family)
+    after = stored(family)
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    moved = {id(p) for name, p in family.named_parameters() if not torch.equal(before[name], after[name])}
+    assert moved >= {i for i in top if i not in embeddings}
+
+
+@pytest.mark.parametrize("component", ["attention", "mlp", "embeddings", "norms", "head"])
+def test_components_on_every_family(family, component):
+    before = stored(family)
+    frozen, _ = frozen_names(family, share=0, components=[component])
+    outer = {"embeddings": family.get_input_embeddings(), "head": family.get_output_embeddings()}
+    if component in outer:
+        assert sum(before[name].numel() for name in frozen) == outer[component].weight.numel()
+    take_steps(family)
+    after = stored(family)
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_components_divide_the_model(family):
+    """Every weight is in one component; apart from positions, tied heads, and norms inside attention (in both)."""
+    whole = {name for name, _ in family.named_parameters()}
+    parts = {c: Freeze(share=0, components=[c]).frozen(family) for c in ("attention", "mlp", "embeddings", "norms")}
+    head = Freeze(share=0, components=["head"]).frozen(family)
+    assert head == parts["embeddings"] or not head & set().union(*parts.values())
+    for first, second in itertools.combinations(parts, 2):
+        both = parts[first] & parts[second]
+        assert all({first, second} == {"attention", "norms"} and "_norm" in name for name in both)
+    left = whole - set().union(*parts.values()) - head
+    assert all("position" in name or "wpe" in name for name in left), left
+
+
+def test_attention_and_mlp_of_llama_have_the_expected_sizes():
+    model = family_model("llama")
+    attention = Freeze(share=0, components=["attention"]).frozen(model)
+    mlp = Freeze(share=0, components=["mlp"]).frozen(model)
+    sizes = stored(model)
+    assert sum(sizes[name].numel() for name in attention) == 4 * (32 * 32 * 2 + 32 * 16 * 2)
+    assert sum(sizes[name].numel() for name in mlp) == 4 * 3 * 32 * 48
+
+
+def test_patterns_and_share_add_up():
+    model = family_model("llama")
+    share = Freeze(share=0.25).frozen(model)
+    pattern = Freeze(share=0, patterns=[r"layers\.3\.mlp"]).frozen(model)
+    assert len(pattern) == 3
+    assert Freeze(share=0.25, patterns=[r"layers\.3\.mlp"]).frozen(model) == share | pattern
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(ConfigError, match=r"patterns: 'layer\.99' matches no parameter") as caught:
+        Freeze(share=0, patterns=["layer.99"]).prepare_model(family_model("llama"), Run(directory=None))
+    assert "\n" not in str(caught.value)
+
+
+def test_freezing_everything_is_an_error():
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        Freeze(share=1.0, components=["head", "norms"]).prepare_model(
+            family_model("llama"), Run(directory=None, say=lambda line: None)
+        )
+
+
+def test_tied_embeddings_freeze_the_head_as_well():
+    model = family_model("qwen2")
+    frozen, _ = frozen_names(model, share=0, components=["head"])
+    assert frozen == {"model.embed_tokens.weight"}
+
+
+def test_adapters_in_frozen_layers_are_frozen(tmp_path, tokenizer):
+    made = train([Freeze(share=0.5), LoRA(r=2)], tmp_path)  # the order in the list does not matter
+    pairs = params.lora_pairs(made.model)
+    assert pairs
+    assert all(name.startswith("model.layers.1") for name in pairs)
+    plain = train([LoRA(r=2)], tmp_path / "plain")
+    assert len(params.lora_pairs(plain.model)) == 2 * len(pairs)
+    after = merged(made.model)
+    start = {name: p for name, p in made.model.get_base_model().named_parameters() if "base_layer" in name}
+    for name, p in start.items():
+        moved = not torch.equal(after[name.replace(".base_layer", "")], p)
+        assert moved == ("layers.1." in name)

@@ -1,0 +1,132 @@
+"""LoRA: equal to the base at first, the right layers on each family, merged between tasks."""
+
+import pytest
+import torch
+from families import FAMILIES, family_model, take_steps, token_batch
+from training_kit import same_bits, stored, train
+
+from retain.errors import ConfigError
+from retain.methods.context import Run
+from retain.methods.lora import LoRA
+from retain.models import params
+
+#: Modules that hold query, value, and all of attention.
+LAYERS = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma2", "mistral"), ("q_proj v_proj", "q_proj k_proj v_proj o_proj")),
+    "opt": ("q_proj v_proj", "q_proj k_proj v_proj out_proj"),
+    "phi3": ("qkv_proj", "qkv_proj o_proj"),
+    "gpt2": ("c_attn", "c_attn"),
+    "gpt_neox": ("query_key_value", "query_key_value dense"),
+    "falcon": ("query_key_value", "query_key_value dense"),
+}
+
+
+def adapted(model, index=1, **settings):
+    return LoRA(**settings).prepare_model(model, Run(directory=None, task_index=index))
+
+
+def layers(model):
+    return {name.rsplit(".", 1)[-1] for name in params.lora_pairs(model)}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_starts_at_the_given_model(kind):
+    model = family_model(kind)
+    ids = token_batch()
+    with torch.no_grad():
+        before = model(ids).logits
+        after = adapted(model, r=4)(ids).logits
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_presets_find_the_right_layers(kind):
+    qv, attention = (set(words.split()) for words in LAYERS[kind])
+    assert layers(adapted(family_model(kind), r=2, targets="qv")) == qv
+    assert layers(adapted(family_model(kind), r=2, targets="attention")) == attention
+    everywhere = adapted(family_model(kind), r=2)
+    head = everywhere.get_base_model().get_output_embeddings()
+    for name, module in params.causal(family_model(kind)).named_modules():
+        if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear") and "lm_head" not in name:
+            assert name in params.lora_pairs(everywhere) or name == "embed_out"
+    assert not hasattr(head, "lora_A"), "the output layer has no adapter"
+
+
+def test_only_factors_learn_and_the_base_stays():
+    model = family_model("llama")
+    base = stored(model)
+    wrapped = adapted(model, r=3)
+    learning, total = params.counts(wrapped)
+    pairs = params.lora_pairs(wrapped)
+    assert learning == sum(3 * (p.A.shape[1] + p.B.shape[0]) for p in pairs.values())
+    assert total == learning + sum(t.numel() for t in base.values())
+    take_steps(wrapped)
+    after = {name.replace(".base_layer", ""): t for name, t in stored(wrapped).items() if "lora_" not in name}
+    assert same_bits(after, base)
+
+
+def test_scaling_is_alpha_over_r():
+    for options, wanted in (({"r": 4}, 2.0), ({"r": 4, "alpha": 4}, 1.0), ({"r": 8, "alpha": 2}, 0.25)):
+        pairs = params.lora_pairs(adapted(family_model("llama"), **options))
+        assert {pair.scaling for pair in pairs.values()} == {wanted}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_pair_gives_the_change_of_the_weight(kind):
+    """ΔW = s·BA is what merging adds, in the orientation that `transposed` says."""
+    model = family_model(kind)
+    base = stored(model)
+    wrapped = adapted(model, r=3, alpha=5)
+    take_steps(wrapped)
+    changes = {
+        name: (pair.scaling * pair.B @ pair.A).detach() for name, pair in params.lora_pairs(wrapped).items()
+    }
+    turned = {name for name, pair in params.lora_pairs(wrapped).items() if pair.transposed}
+    assert bool(turned) == (kind == "gpt2")
+    whole = stored(wrapped.merge_and_unload())
+    for name, change in changes.items():
+        difference = whole[f"{name}.weight"] - base[f"{name}.weight"]
+        torch.testing.assert_close(change.T if name in turned else change, difference, atol=1e-6, rtol=1e-4)
+
+
+def test_the_next_task_merges_and_starts_afresh():
+    model = adapted(family_model("llama"), r=4)
+    take_steps(model)
+    ids = token_batch()
+    with torch.no_grad():
+        before = model(ids).logits
+        following = adapted(model, index=2, r=4)
+        after = following(ids).logits
+    assert (before - after).abs().max() < 1e-5
+    pairs = params.lora_pairs(following)
+    assert len(pairs) == 28
+    assert all(not pair.B.any() and pair.A.any() for pair in pairs.values())
+    assert sum("lora_A" in name for name, _ in following.named_parameters()) == 28, "the first adapter is gone"
+
+
+def test_the_same_run_draws_the_same_factors_and_another_task_others():
+    first, again = adapted(family_model("llama"), r=4), adapted(family_model("llama"), r=4)
+    other = adapted(family_model("llama"), index=2, r=4)
+    assert same_bits(stored(first), stored(again))
+    assert not same_bits(stored(first), stored(other))
+
+
+def test_dora_has_magnitudes_and_learns(tmp_path):
+    made = train([LoRA(r=2, dora=True)], tmp_path)
+    names = [name for name, p in made.model.named_parameters() if p.requires_grad]
+    assert sum("magnitude" in name for name in names) == len(params.lora_pairs(made.model))
+
+
+def test_dropout_reaches_the_adapter():
+    model = adapted(family_model("llama"), r=2, dropout=0.5)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p} == {0.5}
+
+
+def test_layers_that_are_not_there_are_an_error():
+    with pytest.raises(ConfigError, match=r"lora\.targets: unknown 'q_prj'\. Did you mean 'q_proj'\?"):
+        adapted(family_model("llama"), targets=["q_prj"])
+    with pytest.raises(ConfigError, match=r"lora\.alpha"):
+        LoRA(alpha=0)
+    with pytest.raises(ConfigError, match=r"lora\.targets"):
+        LoRA(targets="everything")
+    assert layers(adapted(family_model("llama"), targets=["down_proj"])) == {"down_proj"}

@@ -1,0 +1,248 @@
+"""What every method must do, asked of each file in `retain/methods` without naming any of them."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from training_kit import Killed, StopAt, distance, finite, merged, rows, same_bits, stored, train, trainer
+
+import retain
+from retain import methods
+from retain.config import read
+from retain.errors import ConfigError
+from retain.methods.base import Method, Stack
+
+NAMES = methods.names()
+ROOT = Path(__file__).parents[1]
+SOURCES = Path(retain.__file__).parent / "methods"
+
+
+def clash(first: type[Method], second: type[Method]) -> bool:
+    return second.name in first.conflicts or first.name in second.conflicts
+
+
+def together() -> list[Method]:
+    """All methods at once, leaving out any that clashes with one before it."""
+    chosen: list[type[Method]] = []
+    for name in NAMES:
+        method = methods.load(name)
+        if not any(clash(method, other) for other in chosen):
+            chosen.append(method)
+    return [method() for method in chosen]
+
+
+#: Each method alone, and all of them at once.
+TEAMS = {name: (lambda name=name: [methods.load(name)()]) for name in NAMES} | {"all": together}
+PAIRS = [
+    pair for pair in itertools.combinations(NAMES, 2) if not clash(methods.load(pair[0]), methods.load(pair[1]))
+]
+
+
+@pytest.fixture(params=NAMES)
+def method(request) -> type[Method]:
+    return methods.load(request.param)
+
+
+@pytest.fixture(params=TEAMS)
+def team(request):
+    return TEAMS[request.param]
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    return merged(train([], tmp_path_factory.mktemp("baseline")).model)
+
+
+# -- training ----------------------------------------------------------------------------------------------
+def test_off_is_plain_training_bit_for_bit(method, baseline, tmp_path):
+    off = method(**method.off)
+    assert not off.active
+    assert same_bits(stored(train([off], tmp_path).model), baseline)
+
+
+def test_default_settings_change_the_weights(method, baseline, tmp_path):
+    after = merged(train([method()], tmp_path).model)
+    assert (distance(after, baseline) > 1e-6) == method().active
+
+
+def test_result_does_not_depend_on_accumulation(team, tmp_path):
+    def run(folder, batch, accumulate):
+        model = tiny_model(tiny_tokenizer()).double()
+        # the host's head works in float32 inside; a usual epsilon would let Adam blow its rounding up
+        settings = {"batch": batch, "gradient_accumulation_steps": accumulate, "adam_epsilon": 1e-4}
+        made = train(team(), tmp_path / folder, model, **settings)
+        return made, merged(made.model)
+
+    whole, together_ = run("whole", 8, 1)
+    split, apart = run("split", 2, 4)
+    tokens = [sum(micro["tokens"]) for micro in split.seen[:4]]
+    assert len(set(tokens)) > 1, "the micro-batches must differ in supervised tokens, or nothing is tested"
+    assert distance(together_, apart) < 2e-7
+    assert sum((micro["tokens"] for micro in whole.seen), []) == sum((micro["tokens"] for micro in split.seen), [])
+    assert len(split.seen) > 3 * len(whole.seen)
+
+
+def test_killed_and_resumed_equals_uninterrupted(team, tmp_path):
+    saving = {"steps": 6, "save_strategy": "steps", "save_steps": 2}
+    straight = train(team(), tmp_path / "straight", **saving)
+    with pytest.raises(Killed):
+        train(team(), tmp_path / "killed", callbacks=[StopAt(5)], **saving)
+    again = trainer(team(), tmp_path / "killed", **saving)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert again.seen == straight.seen[-2:], "not the same rows in the same order"
+    assert same_bits(stored(again.model), stored(straight.model))
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_every_two_methods_compose(first, second, tmp_path):
+    made = train([methods.load(first)(), methods.load(second)()], tmp_path, steps=2)
+    assert finite(made.model)
+    assert made.state.global_step == 2
+
+
+def test_methods_that_clash_say_so(tmp_path):
+    clashing = [pair for pair in itertools.combinations(NAMES, 2) if pair not in PAIRS]
+    for first, second in clashing:
+        with pytest.raises(ConfigError, match="cannot be combined") as caught:
+            Stack([methods.load(first)(), methods.load(second)()])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["autocast", "bfloat16"])
+def test_stays_finite_in_bfloat16(team, weights, tmp_path):
+    model = tiny_model(tiny_tokenizer())
+    if weights == "bfloat16":
+        model = model.to(torch.bfloat16)
+    before = stored(model)
+    made = train(team(), tmp_path, model, bf16=weights == "autocast")
+    assert finite(made.model)
+    assert not same_bits(merged(made.model), before)
+
+
+def hooks(module: torch.nn.Module) -> set:
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return {hook for kind in kinds for hook in kind.values()}
+
+
+def test_leaves_nothing_behind(team, tmp_path):
+    made = trainer(team(), tmp_path)
+    before = {name: (p.requires_grad, p.dtype, p.device) for name, p in made.model.named_parameters()}
+    hooks_before = {name: hooks(module) for name, module in made.model.named_modules()}
+    made.train()
+    made.release()
+    assert {name: (p.requires_grad, p.dtype, p.device) for name, p in made.model.named_parameters()} == before
+    for name, module in made.model.named_modules():
+        assert hooks(module) <= hooks_before[name], f"{name} keeps a hook"
+        assert "forward" not in vars(module), f"{name} keeps a patched forward"
+        assert not getattr(module, "_disable_adapters", False), f"{name} keeps its adapter off"
+    for name, p in made.model.named_parameters():
+        assert not p._backward_hooks, f"{name} keeps a hook"
+        assert not p._post_accumulate_grad_hooks, f"{name} keeps a hook"
+
+
+def test_logs_each_of_its_terms(team, tmp_path):
+    """A term that acts but is not in the log cannot be found when a run goes wrong."""
+    made = train(team(), tmp_path)
+    for active in made.stack.methods:
+        speaks = type(active).batch_loss is not Method.batch_loss or type(active).edits_gradients
+        assert any(f"loss/{active.name}" in line for line in made.state.log_history) == speaks
+
+
+# -- settings ----------------------------------------------------------------------------------------------
+def needy(method: type[Method]) -> list[Method]:
+    """The method with default settings and with every choice of every setting, where something is needed."""
+    found = [method()]
+    for name, field in method.Config.model_fields.items():
+        if typing.get_origin(field.annotation) is typing.Literal:
+            found += [method(**{name: choice}) for choice in typing.get_args(field.annotation)]
+    return [m for m in found if m.needs]
+
+
+def test_unmet_needs_are_one_line(tmp_path):
+    found = [m for name in NAMES for m in needy(methods.load(name))]
+    assert found, "no method needs anything: this test and `needs` can go"
+    for m in found:
+        with pytest.raises(ConfigError, match=rf"^methods\.{m.name}: needs '") as caught:
+            trainer([m], tmp_path, old=None)
+        assert "\n" not in str(caught.value)
+        Stack([m]).check_needs(m.needs)
+
+
+def test_unknown_setting_gets_a_suggestion(method):
+    setting = max(method.Config.model_fields, key=len)
+    with pytest.raises(ConfigError, match=rf"methods\.{method.name}: unknown .* Did you mean '{setting}'\?") as caught:
+        method(**{setting + "x": 1})
+    assert "\n" not in str(caught.value)
+
+
+def test_every_setting_is_documented_and_frozen(method):
+    for name, field in method.Config.model_fields.items():
+        assert field.description, f"{method.name}.{name} has no text under it"
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(method().config, next(iter(method.Config.model_fields)), 1)
+
+
+# -- the file ----------------------------------------------------------------------------------------------
+def test_file_is_short_and_holds_one_method(method):
+    path = SOURCES / f"{method.name}.py"
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    classes = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef)]
+    assert sum(any(getattr(b, "id", "") == "Method" for b in c.bases) for c in classes) == 1
+    assert method.name == path.stem
+    assert method.family
+    assert getattr(retain, method.__name__) is method
+
+
+def test_docstring_says_everything(method):
+    about = methods.summaries()[method.name]
+    doc = about["doc"]
+    title, _, rest = doc.partition("\n\n")
+    assert re.match(r"^[\w -]+ — .+\.$", title, re.S), "begin with: Name — one sentence."
+    formula = rest.split("\n\n")[0]
+    assert formula.startswith("    "), "the formula is an indented line after the sentence"
+    for part in ("Deviations from the paper:", "Cost:", "Combine with:", "Conflicts:", "Tune:"):
+        assert doc.count(part) == 1, f"'{part}' is missing"
+        assert re.search(re.escape(part) + r"\s*[`\w]", doc), f"'{part}' is empty"
+    if method.paper != "none":
+        number = re.match(r"arXiv:(\d{4}\.\d{5})", method.paper)
+        assert number, "`paper` is 'arXiv:…'"
+        assert number[0] in doc
+        symbols = doc[doc.index(formula) + len(formula) : doc.index("Deviations")]
+        shown = set(re.findall(r"[^\W\d_]+[⁰*]?", formula))
+        assert any(s in shown for s in re.findall(r"[^\W\d_]+[⁰*]?", symbols)), "say what the symbols stand for"
+
+
+def test_docstring_names_the_conflicts(method):
+    doc = methods.summaries()[method.name]["doc"]
+    said = re.split(r"\n(?=\S)", doc.split("Conflicts:")[1])[0]
+    clashing = {name for name in NAMES if clash(method, methods.load(name))}
+    assert {word for word in re.findall(r"\w+", said) if word in NAMES} - {"none"} == clashing
+    advised = re.split(r"Conflicts:|\n(?=\S)", doc.split("Combine with:")[1])[0]
+    assert not clashing & set(re.findall(r"\w+", advised)), "advises a combination that is refused"
+
+
+def test_has_an_example(method):
+    path = ROOT / "examples" / f"{method.name}.yaml"
+    config = read(path)
+    assert method.name in [m.name for m in methods.build(config.methods)]
+
+
+def test_has_a_page(method):
+    assert (ROOT / "docs" / "methods" / f"{method.name}.md").is_file()
+
+
+def test_old_rows_are_not_needed_by_default(method):
+    assert not method().needs, "defaults must work with nothing but a model and its rows"
+
+
+def test_training_rows_of_the_kit_differ():
+    assert len({len(row["completion"][0]["content"]) for row in rows(16)}) > 3

@@ -1,0 +1,59 @@
+"""Train the tiny model with several methods; started alone or by torchrun. Arguments: output folder, rows per device."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from training_kit import rows, stored, trainer
+
+from retain.methods import build
+from retain.methods.context import Run
+from retain.training.watch import Record
+
+CASES = {
+    "none": [],
+    "replay-distill": [{"replay": {"fraction": 0.3}}, "distill"],
+    "ewc": [{"ewc": {"strength": 5.0, "samples": 8}}],
+    "l2sp": [{"l2sp": {"strength": 0.5}}],
+    "self": [{"replay": {"fraction": 0.25, "rows": 6, "source": "self"}}],
+    "stages": [{"replay": {"fraction": 0.25}}, {"ewc": {"samples": 8}}, {"lora": {"r": 2}}],
+}
+
+
+def main(folder: Path, batch: int) -> None:
+    for name, methods in CASES.items():
+        place = folder / name
+        run = Run(
+            place, say=lambda line: None, shared=place / "shared", new_rows=rows(20) if name == "stages" else None
+        )
+        made = trainer(
+            build(methods),
+            place,
+            train_rows=rows(20),
+            old=None if name == "self" else rows(12, 100),
+            steps=4,
+            batch=batch,
+            run=run,
+            save_strategy="steps",
+            save_steps=2,
+            max_length=192,
+            gradient_accumulation_steps=2,
+            callbacks=[Record(place / "metrics.jsonl", name)],
+        )
+        made.train()
+        state = PartialState()
+        if state.is_main_process:
+            save_file({k: v.contiguous() for k, v in stored(made.model).items()}, folder / f"{name}.safetensors")
+        for method in made.stack.methods:
+            if method.name == "ewc":
+                save_file(method._importance, folder / f"{name}-fisher-{state.process_index}.safetensors")
+        torch.save(made.seen, folder / f"{name}-seen-{state.process_index}.pt")
+        state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
