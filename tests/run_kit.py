@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from tiny import tiny_model, tiny_tokenizer
 
-NUMBERS = "one two three four five six seven".split()
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -57,7 +57,7 @@ def workshop(path: Path) -> Path:
     tiny_folder(path / "model")
     write_lines(path / "count" / "train.jsonl", response_rows(24))
     write_lines(path / "count" / "test.jsonl", response_rows(4, 100))
-    write_lines(path / "which" / "train.jsonl", choice_rows(16))
+    write_lines(path / "which" / "train.jsonl", choice_rows(18))
     write_lines(path / "which" / "test.jsonl", choice_rows(4, 100))
     write_lines(path / "probes.jsonl", probe_rows())
     write_lines(path / "old.jsonl", response_rows(12, 500))

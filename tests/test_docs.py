@@ -53,7 +53,13 @@ def test_python_blocks(page: Path, desk: Path) -> None:
         "tokenizer": tokenizer,
         "rows": rows,
         "args": SFTConfig(
-            str(desk / "out"), max_steps=2, use_cpu=True, bf16=False, report_to="none", max_length=64, save_strategy="no"
+            str(desk / "out"),
+            max_steps=2,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_length=64,
+            save_strategy="no",
         ),
     }
     for text in blocks(page, "python"):

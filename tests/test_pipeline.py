@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from run_kit import NUMBERS, choice_rows, response_rows, settings, workshop, write_lines
+from run_kit import NUMBERS, choice_rows, response_rows, settings, tiny_folder, workshop, write_lines
 from tiny import tiny_model, tiny_tokenizer
 
 from retain import ContinualTrainer, Replay, load_run
@@ -74,10 +74,9 @@ def test_results_load_and_hold_the_matrix(finished):
 def test_training_summaries_count_rows(finished):
     _, results = finished
     first, second = results.training
-    # 24 new rows with a quarter of replay are 32, in batches of 4; 16 are 21 and a third
+    # 24 new rows with a quarter of replay are 32, in batches of 4; 18 are 24
     assert (first.steps, first.new_rows, first.replay_rows) == (8, 24, 8)
-    assert second.new_rows == 16
-    assert second.replay_rows in (5, 6)
+    assert (second.steps, second.new_rows, second.replay_rows) == (6, 18, 6)
     assert 0 < first.trainable < first.parameters
     assert first.final_loss is not None
 
@@ -137,7 +136,7 @@ def test_load_run_mistakes(tmp_path, finished):
     output, _ = finished
     with pytest.raises(RunError, match=r"no run\.yaml here"):
         load_run(tmp_path)
-    with pytest.raises(RunError, match="no stage '07-x'. Stages: 00-base, 01-count, 02-which"):
+    with pytest.raises(RunError, match=r"no stage '07-x'\. Stages: 00-base, 01-count, 02-which"):
         load_run(output, "07-x")
 
 
@@ -164,6 +163,40 @@ def test_every_form_of_data(shop, tmp_path):
     assert [s.new_rows for s in results.training] == [14, 14, 14, 12]
     assert next(i.items for i in results.probes if i.task == "quiz") == 4
     assert any("held out" in line for line in said)
+
+
+def test_what_is_learned_is_what_on_says(shop, tmp_path, monkeypatch):
+    from tiny import CHAT_TEMPLATE
+
+    marked = CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}<|im_end|>\n",
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>\n{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}",
+    )
+    model = tiny_folder(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "chat_template", marked)
+    tokenizer.save_pretrained(model)
+    talk = [("user", "who"), ("assistant", "me"), ("user", "why"), ("assistant", "so")]
+    rows = [{"messages": [{"role": role, "content": f"{text} {i}"} for role, text in talk]} for i in range(8)]
+    data = str(write_lines(tmp_path / "talks.jsonl", rows))
+    seen = {}
+    train = ContinualTrainer.train
+
+    def spy(self, *args, **kwargs):
+        row = self.train_dataset[0]
+        kept = [token for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
+        seen[on] = tokenizer.decode(kept)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(ContinualTrainer, "train", spy)
+    for on in ("completion", "assistant", "all"):
+        tasks = [{"data": data, "on": on, "hold_out": 0}]
+        carry_out(shop, tmp_path / on, model=str(model), tasks=tasks, methods=["none"], old=None)
+    number = seen["completion"].split()[1].split("<")[0]
+    assert seen["completion"] == f"so {number}<|im_end|>\n"
+    assert seen["assistant"] == f"me {number}<|im_end|>\nso {number}<|im_end|>\n"
+    assert seen["all"].startswith("<|im_start|>user\nwho")
 
 
 def test_streaming_task_with_replay(shop, tmp_path):
@@ -287,3 +320,24 @@ def test_a_diverging_method_stops_the_run_and_keeps_the_checkpoint(shop, tmp_pat
     results, said = carry_out(shop, tmp_path / "run", methods=["distill"], train=train)
     assert "count: going on from checkpoint-2." in said
     assert results.training[0].steps == 6
+
+
+def test_no_disk_space_is_found_before_anything_is_written(shop, tmp_path, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RunError, match="are needed for checkpoints"):
+        carry_out(shop, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_huge_learning_rate_is_stopped(shop, tmp_path):
+    train = settings(shop, tmp_path)["train"] | {"learning_rate": 1e38, "max_grad_norm": 0.0, "save_steps": 1}
+    with pytest.raises(TrainingDiverged, match="training step ") as caught:
+        carry_out(shop, tmp_path / "run", methods=["none"], old=None, train=train)
+    assert "\n" not in str(caught.value)
+    from safetensors.torch import load_file
+
+    for path in (tmp_path / "run").rglob("checkpoint-*/model.safetensors"):
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values()), path

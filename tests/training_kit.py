@@ -20,7 +20,7 @@ from retain.training.trainer import ContinualTrainer
 
 disable_progress_bars()
 
-NUMBERS = "one two three four five six seven".split()
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
 
 
 def rows(count: int, offset: int = 0) -> Dataset:
@@ -87,9 +87,7 @@ def trainer(
     """A trainer over the tiny model; `settings` go to `SFTConfig`, `old` defaults to 12 rows of its own."""
     options = {"learning_rate": 1e-2, "max_length": 64, "save_strategy": "no", "bf16": False, "logging_steps": 1}
     quiet = {"use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
-    args = SFTConfig(
-        str(folder), max_steps=steps, per_device_train_batch_size=batch, **(options | quiet | settings)
-    )
+    args = SFTConfig(str(folder), max_steps=steps, per_device_train_batch_size=batch, **(options | quiet | settings))
     made = Spy(
         tiny_model(tiny_tokenizer()) if model is None else model,
         args,

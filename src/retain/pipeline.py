@@ -82,6 +82,8 @@ def plan(config: RunConfig) -> Plan:
     check_train(train)
     if not _accelerator():
         train.setdefault("use_cpu", True)  # bfloat16 on a CPU has to be asked for in this way
+        # TRL's default trades a third more computing for memory, which a small model on a CPU does not lack
+        train.setdefault("gradient_checkpointing", False)
     if not {"bf16", "fp16"} & train.keys():
         train["bf16"] = _fast_bf16(bool(train.get("use_cpu")))
     stages = [BASE] + [stage_name(i, name) for i, name in enumerate(config.task_names, 1)]
@@ -298,7 +300,10 @@ class _Runner:
         from retain.training.watch import Bar, Record
 
         folder = self.place.task(stage)
-        args = SFTConfig(output_dir=str(folder), seed=self.config.seed + index, disable_tqdm=True, **self.plan.train)
+        own = {"output_dir": str(folder), "seed": self.config.seed + index, "disable_tqdm": True}
+        if self.config.tasks[index - 1].on == "assistant" and task.form != "text":
+            own["assistant_only_loss"] = True
+        args = SFTConfig(**(self.plan.train | own))
         context = Run(
             folder,
             task=task.name,

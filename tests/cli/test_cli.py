@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from retain.cli import main
 
 SMALL = ["-o", "probes.limit=2", "-o", "train.max_steps=2", "-o", "train.max_length=64", "-o", "methods=[none]"]
 
@@ -32,19 +34,19 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
+    seconds = []  # of processor time: on an idle machine it is the waiting time, on a busy one that says nothing
+    for _ in range(5):
+        before = os.times()
         assert retain("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(seconds) < 0.5
 
 
 def test_every_command_explains_itself() -> None:
     from retain.cli import _commands, app
 
-    if not app.registered_commands:
-        _commands()
+    _commands()
     for command in app.registered_commands:
         assert command.callback is not None
         assert command.callback.__doc__, command.name
@@ -62,7 +64,7 @@ def test_every_command_explains_itself() -> None:
         (["run", "--task", "data/a.jsonl", "-o", "methods=[{ewc: {strenght: 1}}]"], "Did you mean 'strength'"),
         (["run", "--task", "data/a.jsonl", "-o", "tran.max_steps=2"], "Did you mean 'train'"),
         (["run", "--task", "data/a.jsonl", "-o", "train.max_stepz=2"], "Did you mean 'max_steps'"),
-        (["run", "--task", "data/bad.jsonl"], "bad.jsonl:2"),
+        (["run", "--task", "data/bad.jsonl"], "bad.jsonl, line 2"),
         (["run", "--task", "data/empty.jsonl"], "empty.jsonl"),
         (["run", "--task", "data/a.jsonl", "--model", "no/such-model"], "no/such-model"),
         (["run", "--task", "data/a.jsonl", "-o", "tasks.0.on=assistant"], "generation"),
@@ -72,16 +74,25 @@ def test_every_command_explains_itself() -> None:
         (["export", "nowhere", "--to", "x"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(words: list[str], said: str, tmp_path: Path, tiny_cache: Path) -> None:
+def test_bad_input_is_one_line_and_exit_2(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    tiny_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     rows(tmp_path / "data" / "a.jsonl")
     (tmp_path / "data" / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
     (tmp_path / "data" / "empty.jsonl").write_text("")
-    done = retain(*words, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    message = done.stderr.strip().splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["retain", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("retain: ")
     assert said in message
-    assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists(), "nothing is written when the input is bad"
 
 

@@ -50,9 +50,7 @@ def dense(student_logits, teacher_logits, mask, temperature, direction):
     p = torch.log_softmax(student_logits[:, :-1][mask] / temperature, -1)
     p0 = torch.log_softmax(teacher_logits[:, :-1][mask] / temperature, -1)
     if direction == "jsd":
-        return divergence.jsd(
-            teacher_logits[:, :-1][mask], student_logits[:, :-1][mask], temperature=temperature
-        ).sum()
+        return divergence.jsd(teacher_logits[:, :-1][mask], student_logits[:, :-1][mask], temperature=temperature).sum()
     first, second = (p, p0) if direction == "forward" else (p0, p)
     return temperature**2 * F.kl_div(first, second, reduction="sum", log_target=True)
 

@@ -78,9 +78,7 @@ def test_the_pair_gives_the_change_of_the_weight(kind):
     base = stored(model)
     wrapped = adapted(model, r=3, alpha=5)
     take_steps(wrapped)
-    changes = {
-        name: (pair.scaling * pair.B @ pair.A).detach() for name, pair in params.lora_pairs(wrapped).items()
-    }
+    changes = {name: (pair.scaling * pair.B @ pair.A).detach() for name, pair in params.lora_pairs(wrapped).items()}
     turned = {name for name, pair in params.lora_pairs(wrapped).items() if pair.transposed}
     assert bool(turned) == (kind == "gpt2")
     whole = stored(wrapped.merge_and_unload())

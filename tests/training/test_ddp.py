@@ -36,8 +36,9 @@ def test_same_weights(both, case):
     one, two = (load_file(folder / f"{case}.safetensors") for folder in both)
     assert one.keys() == two.keys()
     worst = max(float((one[name] - two[name]).abs().max()) for name in one)
-    # two sums of float32 numbers in another order, divided by Adam's root mean square
-    assert worst < (2e-5 if case in ("ewc", "stages") else 1e-5), worst
+    # weights are float64, but the head sums in float32, in another order, and Adam divides small gradients by
+    # their own size; the weights themselves move by about 4e-2
+    assert worst < 3e-6, worst
     if case != "none":
         plain = load_file(both[0] / "none.safetensors")
         assert one.keys() != plain.keys() or any(not torch.equal(one[name], plain[name]) for name in one)
@@ -91,7 +92,7 @@ def test_logged_losses_are_those_of_all_processes(both):
 
 def test_buffer_holds_the_task_once(both):
     state = json.loads((both[1] / "stages" / "shared" / "buffer" / "tasks" / "state.json").read_text())
-    assert state["seen"] == 20
+    assert state["seen"] == 24
 
 
 @pytest.mark.slow

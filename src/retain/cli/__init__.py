@@ -32,6 +32,8 @@ def _about() -> None:
 
 
 def _commands() -> None:
+    if app.registered_commands:
+        return
     names = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {"common"}
     for name in sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n)):
         module = importlib.import_module(f"retain.cli.{name}")

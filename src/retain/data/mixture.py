@@ -55,26 +55,43 @@ class MixtureSampler(Sampler[int]):
         self.fraction, self.by, self.window, self.epochs, self.seed = fraction, by, window, epochs, seed
         self.epoch = 0
         self._plan: dict[int, np.ndarray] = {}
+        self._equal: np.ndarray | None = None  # all epochs in a row, where their lengths differ
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
         self.epoch = epoch
 
     def plan(self, epoch: int) -> np.ndarray:
-        """The row numbers of an epoch, in order."""
+        """The row numbers of an epoch, in order.
+
+        The host plans every epoch as long as the first. Where a schedule makes epochs unequal, the rows of all
+        epochs are therefore cut into equal parts, so that none is skipped.
+        """
+        if self._equal is None:
+            first = [self._mixed(e) for e in range(self.epochs)]
+            if len({len(rows) for rows in first}) > 1:
+                self._equal = np.concatenate(first)
+            else:
+                self._equal = np.empty(0, dtype=np.int64)
+        if len(self._equal) == 0 or epoch >= self.epochs:
+            return self._mixed(epoch)
+        size = -(-len(self._equal) // (self.epochs * self.window)) * self.window
+        return self._equal[epoch * size : (epoch + 1) * size]
+
+    def _mixed(self, epoch: int) -> np.ndarray:
         if epoch not in self._plan:
-            self._plan = {
-                epoch: mix(
-                    self.new_lengths,
-                    self.replay_lengths,
-                    self.fraction,
-                    seed=self.seed,
-                    epoch=epoch,
-                    epochs=max(self.epochs, epoch + 1),
-                    by=self.by,
-                    window=self.window,
-                )
-            }
+            if len(self._plan) > 1:
+                self._plan.clear()  # long runs: one epoch is made again in a moment, all at once need not fit
+            self._plan[epoch] = mix(
+                self.new_lengths,
+                self.replay_lengths,
+                self.fraction,
+                seed=self.seed,
+                epoch=epoch,
+                epochs=max(self.epochs, epoch + 1),
+                by=self.by,
+                window=self.window,
+            )
         return self._plan[epoch]
 
     def __len__(self) -> int:

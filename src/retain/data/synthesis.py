@@ -38,7 +38,8 @@ STARTS = (
 )
 #: Put behind instructions when answers are to be short. A small chat model left to itself writes paragraphs: of
 #: its answers one in five ends within 50 tokens, of those asked for one sentence three in four (SmolLM2-135M).
-SHORT = (" Answer in one sentence.", " Answer in one short sentence.", " Keep it to one sentence.", "")
+_BRIEF = (" Answer in one sentence.", " Answer in one short sentence.", " Keep it to one sentence.")
+SHORT = (*_BRIEF, *_BRIEF, "")
 _TURN = "\u2063turn{}\u2063"  # stands for what somebody says; no template has it
 
 

@@ -138,7 +138,7 @@ def _write_self(
     calls = iter(range(1_000_000))
 
     def write(prompts: list[str], temperature: float, max_new_tokens: int) -> list[str]:
-        answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, seed=seed * 1000 + next(calls))
+        answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, 0.9, seed * 1000 + next(calls))
         return [a.text + (tokenizer.eos_token or "" if a.finished else "") for a in answers]
 
     with Progress(transient=True) as bar, params.adapters_off(model):

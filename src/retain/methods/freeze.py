@@ -1,9 +1,9 @@
 """Freeze — keeps chosen parts of the model exactly as they were.
 
-    θ_i stays at θ_i* for every frozen i          (layer freezing as in Zheng et al. 2025, arXiv:2501.13453)
+    θ_i = θ*_i  for every frozen i          (layer freezing as in Zheng et al. 2025, arXiv:2501.13453)
 
-The bottom layers hold general features and the top ones the mapping to answers; freezing from the bottom
-keeps the former bit for bit.
+θ* = weights at the start, i runs over single weights. The bottom layers hold general features and the top ones
+the mapping to answers; freezing from the bottom keeps the former bit for bit.
 Deviations from the paper: the share, the components and name patterns are settings and are joined together.
 Cost: none; frozen weights need no gradient and no optimizer state.
 Combine with: anything; with `lora` the adapters inside frozen layers are frozen as well.   Conflicts: none.

@@ -10,7 +10,7 @@ Tune: nothing. Sweep the learning rate before saying that a method beats it.
 
 from __future__ import annotations
 
-from retain.methods.base import Method
+from retain.methods.base import Method, MethodConfig
 
 
 class Plain(Method):
@@ -18,6 +18,10 @@ class Plain(Method):
 
     family = "baseline"
     paper = "none"
+    off = {}
+
+    class Config(MethodConfig):
+        pass
 
     @property
     def active(self) -> bool:

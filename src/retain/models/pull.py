@@ -103,7 +103,7 @@ class Pull:
         sizes = [penalties.stiffness(self._local()[1], strength, learning_rate)]
         for factor in self._factors():
             rows, columns, weight = _weights(factor)
-            inner = (factor.a.double() * columns) @ factor.a.double().T
+            inner = (_exact(factor.a) * columns) @ _exact(factor.a).T
             sizes.append(strength * learning_rate * weight * float(rows.max() * torch.linalg.eigvalsh(inner)[-1]))
         return max(sizes)
 
@@ -122,13 +122,18 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, as a nearly singular product would cost float32 all its digits; Apple's GPUs have none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def _weights(factor: penalties.LowRank) -> tuple[torch.Tensor, torch.Tensor, float]:
     """r, c and s²/Σr in float64; ones, and s², where nothing is weighted."""
-    b, a = factor.b.double(), factor.a.double()
+    b, a = _exact(factor.b), _exact(factor.a)
     if factor.rows is None or factor.columns is None:
         return torch.ones_like(b[:, 0]), torch.ones_like(a[0]), factor.scale**2
-    rows = factor.rows.double()
-    return rows, factor.columns.double(), factor.scale**2 / float(rows.sum().clamp_min(torch.finfo(rows.dtype).tiny))
+    rows = _exact(factor.rows)
+    return rows, _exact(factor.columns), factor.scale**2 / float(rows.sum().clamp_min(torch.finfo(rows.dtype).tiny))
 
 
 def _implicit(factor: penalties.LowRank, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,25 +144,28 @@ def _implicit(factor: penalties.LowRank, rate: float) -> tuple[torch.Tensor, tor
     by transposition.
     """
     rows, columns, weight = _weights(factor)
-    b, a = factor.b.double(), factor.a.double()
-    b0, a0 = (None, None) if factor.b0 is None else (factor.b0.double(), factor.a0.double())  # type: ignore
-    b = _implicit_left(b, a, b0, a0, rows * (rate * weight), columns)
-    turned = None if b0 is None else (a0.T, b0.T)
-    a = _implicit_left(a.T, b.T, *(turned or (None, None)), columns * (rate * weight), rows).T
+    b, a = _exact(factor.b), _exact(factor.a)
+    anchor = turned = None
+    if factor.b0 is not None and factor.a0 is not None:
+        b0, a0 = _exact(factor.b0), _exact(factor.a0)
+        anchor, turned = (b0, a0), (a0.T, b0.T)
+    b = _implicit_left(b, a, anchor, rows * (rate * weight), columns)
+    a = _implicit_left(a.T, b.T, turned, columns * (rate * weight), rows).T
     return b, a
 
 
 def _implicit_left(
     left: torch.Tensor,
     right: torch.Tensor,
-    left0: torch.Tensor | None,
-    right0: torch.Tensor | None,
+    anchor: tuple[torch.Tensor, torch.Tensor] | None,
     stiff: torch.Tensor,
     columns: torch.Tensor,
 ) -> torch.Tensor:
-    """argmin over X of ½‖X − left‖² + ½ Σ_i stiff_i ‖(X right − left0 right0)_i‖²_columns; shapes as B, A, [m], [n]."""
-    values, basis = torch.linalg.eigh((right * columns) @ right.T)
-    target = 0 if left0 is None else left0 @ ((right0 * columns) @ right.T)
+    """argmin over X of ½‖X − left‖² + ½ Σ_i stiff_i ‖(X right − anchor)_i‖²_columns; shapes as B, A, [m], [n]."""
+    inner = (right * columns) @ right.T
+    values, basis = torch.linalg.eigh(inner)
     # written as a move from where it is, so that nothing to do leaves every bit
-    push = (target - left @ ((right * columns) @ right.T)) @ basis
-    return left + (stiff[:, None] * push / (1 + stiff[:, None] * values.clamp_min(0))) @ basis.T
+    push = -left @ inner
+    if anchor is not None:
+        push = push + anchor[0] @ ((anchor[1] * columns) @ right.T)
+    return left + (stiff[:, None] * (push @ basis) / (1 + stiff[:, None] * values.clamp_min(0))) @ basis.T

@@ -232,6 +232,10 @@ def headline(results: Results) -> tuple[str, Tone]:
     gain, old = learned(results).tone, old_tone(results)
     has_tasks, has_old = bool(changes_of(results, "task")), bool(changes_of(results, "reference"))
     first = {"good": "Learned", "bad": "Got worse at the new task", "unknown": "No clear gain"}[gain]
+    tasks = changes_of(results, "task")
+    gained = sum(change.conclusion == "gained" for _, change in tasks)
+    if gain == "unknown" and 0 < gained < len(tasks):
+        first = f"Learned {gained} of {plural(len(tasks), 'task')}"
     if not has_old:
         return f"{first}; old abilities not measured", "bad" if gain == "bad" else "unknown"
     second = {

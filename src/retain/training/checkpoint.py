@@ -72,7 +72,11 @@ def check(folder: Path) -> None:
     mark = folder / MARK
     if not mark.is_file():
         raise RunError(f"{folder}: this checkpoint was not finished. Use an earlier one, or start again.")
-    for name, (size, digest) in json.loads(mark.read_text()).items():
+    try:
+        expected = {name: (size, digest) for name, (size, digest) in json.loads(mark.read_text("utf-8")).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RunError(f"{mark}: damaged ({error}). Delete the folder {folder}.") from error
+    for name, (size, digest) in expected.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size or _digest(file) != digest:
             raise RunError(
@@ -115,5 +119,8 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:16] if hasattr(hashlib, "file_digest") else ""
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -90,9 +90,15 @@ class ContinualMixin:
         columns = rows.column_names or []
         if "input_ids" in columns or not hasattr(self, "_prepare_dataset"):
             return rows
-        return self._prepare_dataset(
-            rows, self.processing_class, self.args, getattr(self.args, "packing", False), None, "replay"
-        )
+        masked = getattr(self, "completion_only_loss", None)
+        if self.args.completion_only_loss is None:
+            # TRL decides by the form of the new rows; replayed answers must not become prompts that are learned
+            self.completion_only_loss = True
+        try:
+            packing = getattr(self.args, "packing", False)
+            return self._prepare_dataset(rows, self.processing_class, self.args, packing, None, "replay")
+        finally:
+            self.completion_only_loss = masked
 
     def _mix(self) -> None:
         """Let methods add rows, then make one data set of new rows followed by replay rows."""
@@ -232,7 +238,7 @@ class ContinualMixin:
         self.run.max_steps = self.state.max_steps
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise TrainingDiverged(self._diverged(loss))
+            raise TrainingDiverged(self._diverged(loss, self.state.global_step + 1, "the loss"))
         if self.accelerator.sync_gradients:
             if not self._coverage_checked:
                 guards.check_gradients(self.model)
@@ -241,7 +247,7 @@ class ContinualMixin:
             self._steps_noted += 1
         return loss
 
-    def _diverged(self, loss: torch.Tensor, what: str = "the loss") -> str:
+    def _diverged(self, loss: torch.Tensor, step: int, what: str) -> str:
         terms = {name: float(values[-1]) for name, values in (self._losses | self._terms).items() if values}
         shown = ", ".join(f"{name} {value:.3g}" for name, value in terms.items()) or "plain loss only"
         bad = [n for n, v in terms.items() if not np.isfinite(v)] or [
@@ -251,7 +257,7 @@ class ContinualMixin:
         last = checkpoint.newest(Path(self.args.output_dir))
         kept = f"last good state: {last}" if last else "no checkpoint was written yet"
         return (
-            f"training step {self.state.global_step + 1}: {what} became {float(loss):g}; first suspect: {blame} "
+            f"training step {step}: {what} became {float(loss):g}; first suspect: {blame} "
             f"({shown}); {kept}. Lower the learning rate or that method's strength, then run again."
         )
 
@@ -276,8 +282,16 @@ class ContinualMixin:
         """Take the host's wrappers off the model: autocast around `forward`, and TRL's fused head."""
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         for module in (self.model, params.causal(self.model)):
+            if getattr(module, "is_activation_checkpointing", False):
+                module.activation_checkpointing_disable()
+            if getattr(module, "_require_grads_hook", None) is not None:
+                module.disable_input_require_grads()
             vars(module).pop("forward", None)
             vars(module).pop("_original_forward", None)
+        # the hook can have been added twice, by TRL and by PEFT; the model remembers only one
+        hooks = params.causal(self.model).get_input_embeddings()._forward_hooks
+        for key in [k for k, hook in hooks.items() if getattr(hook, "__name__", "") == "make_inputs_require_grads"]:
+            del hooks[key]
 
     # -- logging and state -------------------------------------------------------------------------------
     def _note(self, name: str, value: Any) -> None:
@@ -304,7 +318,7 @@ class ContinualMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not guards.weights_finite(self.model):
-            raise TrainingDiverged(self._diverged(torch.tensor(float("nan")), what="the weights"))
+            raise TrainingDiverged(self._diverged(torch.tensor(float("nan")), self.state.global_step, "the weights"))
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
