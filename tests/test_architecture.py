@@ -21,6 +21,7 @@ LAYERS = [
     {"errors"},
     {"functional"},
     {"config", "results"},
+    {"items"},
     {"analysis", "rundir"},
     {"data"},
     {"models"},
@@ -38,7 +39,8 @@ ONLY = {
     "functional": {"errors"},
     "config": {"errors"},
     "results": {"errors"},
-    "analysis": {"functional", "results", "errors"},
+    "items": {"functional", "results", "errors"},
+    "analysis": {"items", "functional", "results", "errors"},
     "report": {"results", "analysis", "functional", "errors", "rundir"},
     "methods": {"errors", "functional", "data", "models"},
     "probes": {"errors", "functional", "results", "data", "models"},
@@ -49,7 +51,7 @@ LIGHT = ("retain", "retain.cli", "retain.config", "retain.errors", "retain.resul
 PUBLIC = "ContinualTrainer EWC Replay Distill L2SP LoRA Freeze Interpolate run load_run"
 SOFT_LINES, MOST_LINES = 300, 500
 #: Files that were longer when the limit came; they may shrink, never grow.
-STILL_LONG = {"analysis.py": 594}
+STILL_LONG: dict[str, int] = {}
 
 
 def module_of(path: Path) -> str:

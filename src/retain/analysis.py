@@ -1,60 +1,54 @@
 """From item tables to the records of `results.json`: scores, changes, the task matrix and the verdict.
 
-Rows are those of `results.ITEM_COLUMNS`. Three kinds of probe are told apart:
-
-- perplexity (`metric` is "perplexity"): compared as nats per token over the same tokens, documents resampled;
-- scores between 0 and 1: compared as they are; where lower is better, relative numbers use 1 − score;
-- other scores (lengths, divergences): compared as they are, and left out of means over probes.
+Rows are those of `results.ITEM_COLUMNS`; `items` says how they are read and which kinds of probe there are.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from retain import results
-from retain.errors import DataError, RunError
+from retain.errors import RunError
 from retain.functional import forgetting as measures
 from retain.functional import statistics
+from retain.items import (
+    Array,
+    Kind,
+    Measured,
+    Rows,
+    align,
+    by_probe,
+    estimate,
+    goodness,
+    is_perplexity,
+    measure,
+    score,
+    sign_of,
+)
 from retain.results import Change, Estimate, ProbeInfo, Verdict
 
-Rows = Sequence[Mapping[str, Any]]
-Array = NDArray[np.float64]
-Kind = Literal["perplexity", "unit", "other"]
+__all__ = [
+    "MARGIN",
+    "MARGIN_NATS",
+    "Comparison",
+    "change",
+    "changes",
+    "compare_runs",
+    "group_deltas",
+    "matrix",
+    "score",
+    "sequence",
+    "verdict",
+]
+
 Conclusion = Literal["lost", "kept", "gained", "cannot tell"]
 
 MARGIN = 0.02
 MARGIN_NATS = 0.02
-
-
-class _Items(NamedTuple):
-    ids: list[str]
-    scores: Array
-    tokens: Array
-    right: Array | None
-    options: list[int | None]
-
-
-class _Pair(NamedTuple):
-    """One probe before and after, item by item in the same order; `difference` (n,) is after − before."""
-
-    before: _Items
-    after: _Items
-    kind: Kind
-    difference: Array
-    weights: Array | None
-
-
-class _Measured(NamedTuple):
-    change: Change
-    sign: int  # +1 where higher is better
-    loss_bound: float
-    margin: float
 
 
 class Comparison(NamedTuple):
@@ -75,28 +69,6 @@ class Comparison(NamedTuple):
     probes: list[str]
     items: int
     unit: str
-
-
-def score(rows: Rows, info: ProbeInfo, confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """One probe at one stage, with its interval.
-
-    Mean of the item scores (Wilson for 0/1, else bootstrap over items); for perplexity
-    exp(Σ score / Σ tokens) with a bootstrap over documents.
-
-    Args:
-        rows: the rows of this probe at one stage.
-
-    Raises:
-        RunError: no rows, an item twice, a score that is no number, or too few items for an interval.
-    """
-    items = _items(rows, info)
-    try:
-        if _is_perplexity(info):
-            interval = statistics.mean_interval(items.scores / items.tokens, confidence, items.tokens, seed=seed)
-            return Estimate(**{name: math.exp(end) for name, end in interval._asdict().items()})
-        return _estimate(statistics.mean_interval(items.scores, confidence, seed=seed))
-    except DataError as error:
-        raise RunError(f"probe '{info.name}': {error}") from error
 
 
 def change(
@@ -128,7 +100,7 @@ def change(
     Raises:
         RunError: the items (or, for perplexity, their tokens) differ before and after; or as `score`.
     """
-    measured = _measure(before, after, info, confidence, seed, margin, margin_nats)
+    measured = measure(before, after, info, confidence, seed, margin, margin_nats)
     return _concluded(measured, measured.change.p, confidence)
 
 
@@ -145,9 +117,9 @@ def changes(
 
     Args and errors as `change`; `before` and `after` hold the rows of all probes of a stage, in any order.
     """
-    old, new = _by_probe(before), _by_probe(after)
+    old, new = by_probe(before), by_probe(after)
     measured = [
-        _measure(old.get(i.name, []), new.get(i.name, []), i, confidence, seed, margin, margin_nats) for i in infos
+        measure(old.get(i.name, []), new.get(i.name, []), i, confidence, seed, margin, margin_nats) for i in infos
     ]
     adjusted = statistics.holm([m.change.p for m in measured])
     return [_concluded(m, float(p), confidence) for m, p in zip(measured, adjusted)]
@@ -174,7 +146,7 @@ def matrix(
     probes: dict[str, list[ProbeInfo]] = {}
     for task in tasks:
         mine = [info for info in infos if info.role == "task" and info.task == task]
-        probes[task] = [info for info in mine if not _is_perplexity(info)] or mine
+        probes[task] = [info for info in mine if not is_perplexity(info)] or mine
         if not mine:
             raise RunError(f"matrix: task '{task}' has no probe. Give it a test set or a probe with its name.")
     return [[_task_score(stage, probes[task]) for task in tasks] for stage in scores.values()]
@@ -198,7 +170,7 @@ def group_deltas(
     """
     groups: dict[str, list[ProbeInfo]] = {}
     for info in infos:
-        if info.role == "reference" and not _is_perplexity(info):
+        if info.role == "reference" and not is_perplexity(info):
             groups.setdefault(info.group, []).append(info)
     base, *later = scores.values()
     deltas: dict[str, list[float | None]] = {}
@@ -240,19 +212,19 @@ def verdict(
     tasks = [c for c in found if by_name[c.probe].role == "task"]
     if not reference:
         return None
-    old, new = _by_probe(before), _by_probe(after)
-    pairs = {c.probe: _pair(old.get(c.probe, []), new.get(c.probe, []), by_name[c.probe]) for c in found}
+    old, new = by_probe(before), by_probe(after)
+    pairs = {c.probe: align(old.get(c.probe, []), new.get(c.probe, []), by_name[c.probe]) for c in found}
     counted = [c for c in reference if pairs[c.probe].kind == "unit"]
     difference = None
     if counted:
-        better = [_sign(by_name[c.probe]) * pairs[c.probe].difference for c in counted]
-        difference = _estimate(statistics.macro_interval(better, confidence, seed=seed))
-        after_scores = [_good(by_name[c.probe], c.after.value) for c in counted]
+        better = [sign_of(by_name[c.probe]) * pairs[c.probe].difference for c in counted]
+        difference = estimate(statistics.macro_interval(better, confidence, seed=seed))
+        after_scores = [goodness(by_name[c.probe], c.after.value) for c in counted]
     else:
         after_scores = [c.retention / 100 for c in reference]
     gains = [_gain(c, by_name[c.probe], pairs[c.probe].kind) for c in tasks]
     numbers = measures.verdict_numbers([c.forgetting for c in reference], gains, after_scores, **settings)
-    learned = [_sign(by_name[c.probe]) * c.difference.value for c in tasks if pairs[c.probe].kind == "unit"]
+    learned = [sign_of(by_name[c.probe]) * c.difference.value for c in tasks if pairs[c.probe].kind == "unit"]
     return Verdict(
         **numbers._asdict(),
         lost_over_threshold=[c.probe for c in reference if c.forgetting > alarm],
@@ -284,14 +256,17 @@ def compare_runs(
         RunError: no probes, kinds that do not mix, items that differ; or as `change`.
     """
     infos = list(infos)
-    tables = [_by_probe(rows) for rows in (base, a, b)]
-    plain, padded, kinds, items = [], [], set(), 0
+    tables = [by_probe(rows) for rows in (base, a, b)]
+    plain: list[Array] = []
+    padded: list[Array] = []
+    kinds: set[Kind] = set()
+    items = 0
     for info in infos:
         start, end_a, end_b = (table.get(info.name, []) for table in tables)
-        pairs = [_pair(start, end, info) for end in (end_a, end_b)]
+        pairs = [align(start, end, info) for end in (end_a, end_b)]
         kinds.update(pair.kind for pair in pairs)
         weights = np.ones(len(start)) if pairs[0].weights is None else pairs[0].weights
-        losses = [-_sign(info) * pair.difference * weights for pair in pairs]
+        losses = [-sign_of(info) * pair.difference * weights for pair in pairs]
         plain.append(np.stack([*losses, weights], axis=1))
         size = 1 / math.sqrt(len(infos))
         blind = any(statistics.needs_padding(pair.difference, pair.weights) for pair in pairs)
@@ -305,7 +280,7 @@ def compare_runs(
 
     def interval(statistic: Callable[[statistics.Sums], Array], level: float = confidence) -> Estimate:
         value = float(statistic([units.sum(0) for units in plain]))
-        return _estimate(statistics.bootstrap(padded, statistic, level, seed=seed, value=value, bca=False))
+        return estimate(statistics.bootstrap(padded, statistic, level, seed=seed, value=value, bca=False))
 
     def loss(weight_a: float, weight_b: float) -> Callable[[statistics.Sums], Array]:
         return lambda sums: weight_a * _mean_loss(sums, 0) + weight_b * _mean_loss(sums, 1)
@@ -330,59 +305,7 @@ def compare_runs(
     )
 
 
-def _measure(
-    before: Rows,
-    after: Rows,
-    info: ProbeInfo,
-    confidence: float,
-    seed: int,
-    margin: float,
-    margin_nats: float,
-) -> _Measured:
-    pair = _pair(before, after, info)
-    try:
-        interval, wide = (
-            statistics.paired_interval(np.zeros(len(pair.difference)), pair.difference, level, pair.weights, seed=seed)
-            for level in (confidence, 2 * confidence - 1)
-        )
-    except DataError as error:
-        raise RunError(f"probe '{info.name}': {error}") from error
-    sign = _sign(info)
-    start, end = score(before, info, confidence, seed), score(after, info, confidence, seed)
-    lost, gained, kept = _counts(pair, sign)
-    forgotten, retained = _relative(info, pair.kind, start.value, end.value)
-    p = _p(pair, seed)
-    raw = adjusted = paired = None
-    if pair.before.right is not None and pair.after.right is not None:
-        shares = measures.sample_forgetting(pair.before.right, pair.after.right, pair.before.options)
-        raw = shares.raw
-        if any(pair.before.options):
-            adjusted, paired = shares.adjusted, shares.paired
-    record = Change(
-        probe=info.name,
-        before=start,
-        after=end,
-        difference=_estimate(interval),
-        p=p,
-        p_holm=p,
-        lost=lost,
-        gained=gained,
-        kept=kept,
-        items=len(pair.difference),
-        forgetting=forgotten,
-        retention=retained,
-        band=measures.band(retained),
-        detectable=statistics.detectable_difference(_variance(pair), len(pair.difference), confidence),
-        conclusion="cannot tell",
-        forgetting_raw=raw,
-        forgetting_adjusted=adjusted,
-        forgetting_paired=paired,
-    )
-    bound = -wide.low if sign > 0 else wide.high
-    return _Measured(record, sign, bound, margin_nats if pair.kind == "perplexity" else margin)
-
-
-def _concluded(measured: _Measured, p_holm: float, confidence: float) -> Change:
+def _concluded(measured: Measured, p_holm: float, confidence: float) -> Change:
     found = measured.change
     excludes_zero = found.difference.low > 0 or found.difference.high < 0
     conclusion: Conclusion
@@ -395,129 +318,19 @@ def _concluded(measured: _Measured, p_holm: float, confidence: float) -> Change:
     return found.model_copy(update={"p_holm": p_holm, "conclusion": conclusion})
 
 
-def _items(rows: Rows, info: ProbeInfo) -> _Items:
-    where = f"probe '{info.name}'"
-    if not rows:
-        raise RunError(f"{where}: no item rows. Run this probe at this stage.")
-    ids = [str(row["item"]) for row in rows]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise RunError(f"{where}: item '{twice}' appears twice. Give every item its own id.")
-    scores = np.array([math.nan if row["score"] is None else row["score"] for row in rows], dtype=float)
-    if not np.isfinite(scores).all():
-        bad = ids[int(np.argmin(np.isfinite(scores)))]
-        raise RunError(f"{where}: the score of item '{bad}' is not a finite number. Run this probe again.")
-    tokens = np.array([row.get("tokens") or 0 for row in rows], dtype=float)
-    if _is_perplexity(info) and (tokens <= 0).any():
-        bad = ids[int(np.argmin(tokens))]
-        raise RunError(f"{where}: item '{bad}' has no scored tokens. Leave out empty texts.")
-    correct = [row.get("correct") for row in rows]
-    right = None
-    if all(flag is not None for flag in correct):
-        right = np.array(correct, dtype=float)
-    elif not _is_perplexity(info) and np.isin(scores, (0, 1)).all():
-        right = scores if info.higher_is_better else 1 - scores
-    return _Items(ids, scores, tokens, right, [_choices(row.get("details")) for row in rows])
-
-
-def _choices(details: Any) -> int | None:
-    loaded = json.loads(details) if isinstance(details, str) and details else details
-    options = loaded.get("choices") if isinstance(loaded, dict) else None
-    options = len(options) if isinstance(options, list) else options
-    return int(options) if options and options >= 2 else None
-
-
-def _pair(before: Rows, after: Rows, info: ProbeInfo) -> _Pair:
-    old = _items(before, info)
-    if old_only := {str(row["item"]) for row in before} ^ {str(row["item"]) for row in after}:
-        raise RunError(
-            f"probe '{info.name}': {len(old_only)} items are on one side only (first: '{min(old_only)}'). "
-            "Before and after must ask the same items: probe both again with the same settings."
-        )
-    places = {str(row["item"]): row for row in after}
-    if len(places) < len(after):
-        _items(after, info)  # names the item that appears twice
-    new = _items([places[item] for item in old.ids], info)
-    if not _is_perplexity(info):
-        inside = all(((t.scores >= 0) & (t.scores <= 1)).all() for t in (old, new))
-        return _Pair(old, new, "unit" if inside else "other", new.scores - old.scores, None)
-    if (old.tokens != new.tokens).any():
-        item = old.ids[int(np.argmax(old.tokens != new.tokens))]
-        raise RunError(
-            f"probe '{info.name}': item '{item}' has other tokens before and after. Perplexities of "
-            "different tokenizers cannot be compared: use the tokenizer of the base."
-        )
-    return _Pair(old, new, "perplexity", (new.scores - old.scores) / old.tokens, old.tokens)
-
-
-def _by_probe(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    tables: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        tables.setdefault(row["probe"], []).append(row)
-    return tables
-
-
-def _counts(pair: _Pair, sign: int) -> tuple[int, int, int]:
-    if pair.before.right is not None and pair.after.right is not None:
-        return measures.flips(pair.before.right, pair.after.right)[:3]
-    better = sign * pair.difference
-    return int((better < 0).sum()), int((better > 0).sum()), int((better == 0).sum())
-
-
-def _p(pair: _Pair, seed: int) -> float:
-    if _right_or_wrong(pair):
-        return statistics.mcnemar(int((pair.difference < 0).sum()), int((pair.difference > 0).sum()))
-    weights = 1.0 if pair.weights is None else pair.weights
-    return statistics.sign_flip(pair.difference * weights, seed=seed)
-
-
-def _right_or_wrong(pair: _Pair) -> bool:
-    return pair.weights is None and bool(np.isin([pair.before.scores, pair.after.scores], (0, 1)).all())
-
-
-def _variance(pair: _Pair) -> float:
-    """Variance of one item's difference: ψ for right/wrong, never 0 because nothing happened to flip."""
-    d = pair.difference
-    if statistics.needs_padding(d, pair.weights):
-        return float((np.sum(d**2) + 2) / (len(d) + 2))
-    if pair.weights is None:
-        return float(d.var(ddof=1))
-    residual = pair.weights * (d - np.average(d, weights=pair.weights)) / pair.weights.mean()
-    return float((residual**2).sum() / (len(d) - 1))
-
-
-def _relative(info: ProbeInfo, kind: Kind, before: float, after: float) -> tuple[float, float]:
-    """Forgetting relative to before, and retention in percent."""
-    if kind == "perplexity":
-        return measures.perplexity_increase(before, after), measures.perplexity_retention(before, after)
-    if kind == "unit" or info.higher_is_better:
-        b, a = _good(info, before), _good(info, after)
-        return measures.relative_drop(b, a), measures.retention(b, a)
-    # A divergence from the base is 0 before: a relative rise is undefined, so its own scale stands for it.
-    worse = max(0.0, (after - before) / before if before > 0 else after - before)
-    return worse, 100 * (1 - min(1.0, worse))
-
-
 def _gain(found: Change, info: ProbeInfo, kind: Kind) -> float:
     before, after = found.before.value, found.after.value
     if kind == "perplexity":
         return -measures.perplexity_increase(before, after)
-    b, a = (_good(info, before), _good(info, after)) if kind == "unit" else (before, after)
-    sign = 1 if kind == "unit" else _sign(info)
+    b, a = (goodness(info, before), goodness(info, after)) if kind == "unit" else (before, after)
+    sign = 1 if kind == "unit" else sign_of(info)
     return sign * (a - b) / b if b > 0 else float(np.sign(sign * (a - b)))
-
-
-def _good(info: ProbeInfo, value: float) -> float:
-    """A score on a scale where larger is better."""
-    if _is_perplexity(info):
-        return 1 / value
-    return value if info.higher_is_better else 1 - value
 
 
 def _task_score(stage: Mapping[str, Estimate], probes: Sequence[ProbeInfo]) -> float | None:
     if any(info.name not in stage for info in probes):
         return None
-    return float(np.mean([_good(info, stage[info.name].value) for info in probes]))
+    return float(np.mean([goodness(info, stage[info.name].value) for info in probes]))
 
 
 def _sentence(
@@ -580,15 +393,3 @@ def _ratio(sums: statistics.Sums) -> Array:
     # A draw in which A lost nothing must count as a large ratio; dividing would make it a negative one.
     lost_a, lost_b = _mean_loss(sums, 0), _mean_loss(sums, 1)
     return np.divide(lost_b, lost_a, out=np.full_like(lost_a, np.inf), where=lost_a > 0)
-
-
-def _estimate(interval: statistics.Interval) -> Estimate:
-    return Estimate(**interval._asdict())
-
-
-def _sign(info: ProbeInfo) -> int:
-    return 1 if info.higher_is_better and not _is_perplexity(info) else -1
-
-
-def _is_perplexity(info: ProbeInfo) -> bool:
-    return info.metric == "perplexity"

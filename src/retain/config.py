@@ -15,7 +15,7 @@ STARTER = "starter"
 #: Used when a configuration names no methods. Needs no old data. How it was chosen: docs/log.md.
 DEFAULT_METHODS: list[Any] = [
     {"lora": {"r": 16}},
-    {"replay": {"fraction": 0.25}},
+    {"replay": {"fraction": 0.2}},
     {"distill": {"strength": 1.0}},
 ]
 
@@ -231,9 +231,10 @@ def _one_line(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        parts: dict[str, type[BaseModel]] = {"model": ModelConfig, "tasks": TaskConfig, "probes": ProbesConfig}
         schema: type[BaseModel] = RunConfig
         for part in first["loc"][:-1]:
-            schema = {"model": ModelConfig, "tasks": TaskConfig, "probes": ProbesConfig}.get(str(part), schema)
+            schema = parts.get(str(part), schema)
         parent = ".".join(str(part) for part in first["loc"][:-1])
         return unknown(f"{where}: {parent}".rstrip(": "), str(first["loc"][-1]), schema.model_fields)
     if first["type"] == "missing":

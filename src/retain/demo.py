@@ -19,8 +19,13 @@ QUESTIONS = (
     "Why do people wear coats in winter?",
     "The kettle does not turn on any more. This is urgent!",
 )
-TRAIN: dict[str, Any] = {"learning_rate": 1e-3, "max_length": 160, "save_strategy": "no", "num_train_epochs": 1}
-ROWS, TEST_ROWS, ITEMS = 160, 40, 30
+TRAIN: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "max_length": 160,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 4,
+}
+ROWS, TEST_ROWS, ITEMS = 128, 40, 24
 
 
 @dataclass

@@ -295,6 +295,7 @@ class _Runner:
 
         from retain.methods.context import Run
         from retain.models import params
+        from retain.models.load import settled
         from retain.training import checkpoint
         from retain.training.trainer import ContinualTrainer
         from retain.training.watch import Bar, Record
@@ -351,7 +352,7 @@ class _Runner:
         )
         if self.ranks.is_main_process:
             self.place.save_task(stage, trainer.model, summary.model_dump())
-        self.model = (index, trainer.model)
+        self.model = (index, settled(trainer.model))
 
     # -- numbers -----------------------------------------------------------------------------------------
     def _results(self) -> Results:
@@ -445,6 +446,6 @@ def load_run(directory: str | Path, stage: str | None = None) -> tuple[Any, Any]
         if place.done(name) is None:
             raise RunError(f"{directory}: stage '{name}' is not finished. Run the same command again to go on.")
     model = load_stage(config.model, [place.task(name) for name in stages[1 : upto + 1]])
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "merge_and_unload"):  # a quantised base, on which the adapter stays otherwise
         model = model.merge_and_unload()
     return model, load_tokenizer(config.model.name, config.model.revision)

@@ -16,7 +16,9 @@ SMALL = ["-o", "probes.limit=2", "-o", "train.max_steps=2", "-o", "train.max_len
 
 
 def retain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "retain", *words], capture_output=True, text=True, cwd=cwd, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-m", "retain", *words], capture_output=True, text=True, cwd=cwd, timeout=240
+    )
 
 
 def rows(path: Path, number: int = 30) -> Path:

@@ -162,7 +162,7 @@ def test_a_model_without_old_rows_writes_its_own(tmp_path, monkeypatch):
 
     calls = []
 
-    def generate(model, tokenizer, prompts, max_new_tokens, temperature, seed):
+    def generate(model, tokenizer, prompts, max_new_tokens, temperature, top_p, seed):
         calls.append(seed)
         said = []
         for i, prompt in enumerate(prompts):

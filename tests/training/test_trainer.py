@@ -341,6 +341,26 @@ def test_nothing_to_train_is_refused(tmp_path):
         trainer([], tmp_path, model)
 
 
+@pytest.mark.parametrize(("methods", "refused"), [(["l2sp"], True), (["distill"], False)])
+def test_parameters_that_the_host_replaces_are_noticed(tmp_path, methods, refused):
+    """As FSDP does when it shards: pulls that hold the old tensors would silently do nothing."""
+    made = trainer(build(methods), tmp_path, steps=1)
+    prepare = made.accelerator.prepare_model
+
+    def replacing(model, *args, **kwargs):
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().clone())
+        return prepare(model, *args, **kwargs)
+
+    made.accelerator.prepare_model = replacing
+    if refused:
+        with pytest.raises(ConfigError, match=r"^methods\.l2sp: the trainer replaced the model's parameters"):
+            made.train()
+    else:
+        made.train()
+
+
 def test_gradients_must_arrive():
     model = tiny_model(tiny_tokenizer())
     with pytest.raises(ConfigError, match="no trainable parameter received a gradient"):

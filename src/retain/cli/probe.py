@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+CORE = ["core"]
+
 
 def command(
     model: Annotated[str, typer.Argument(help="starter, a folder with a model or adapter, a run, or a hub id.")],
-    probes: Annotated[list[str], typer.Option("--probes", "-p", help="A built-in suite, a file or a folder.")] = ["core"],  # noqa: B006
+    probes: Annotated[list[str], typer.Option("--probes", "-p", help="A built-in suite, a file or a folder.")] = CORE,
     limit: Annotated[int | None, typer.Option(help="At most this many items per probe.")] = None,
     items: Annotated[str | None, typer.Option(help="Write every item to this Parquet file.")] = None,
 ) -> None:

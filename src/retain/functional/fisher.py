@@ -80,7 +80,7 @@ class Prediction:
             if self.logits is None:
                 head, hidden = self.head, self.hidden
                 ids = torch.arange(head.weight.shape[0], device=hidden.device)  # type: ignore[union-attr]
-                yield tiled_head.log_probs(hidden[i : i + 1], head, ids[None])[0][0]  # type: ignore
+                yield tiled_head.log_probs(hidden[i : i + 1], head, ids[None])[0][0]  # type: ignore[arg-type,index]
             else:
                 yield _log_softmax(self.logits[i])
 

@@ -7,7 +7,7 @@ Per item: `flips`, `sample_forgetting`. Per probe: `relative_drop`, `perplexity_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -314,7 +314,7 @@ def _outcomes(before: ArrayLike, after: ArrayLike) -> tuple[NDArray[np.bool_], N
     return b.astype(bool), a.astype(bool)
 
 
-def _options(choices: ArrayLike | Sequence[int | None] | None, items: int) -> NDArray[np.int64]:
+def _options(choices: Any, items: int) -> NDArray[np.int64]:
     listed = [choices] * items if choices is None or np.ndim(choices) == 0 else list(choices)
     options = np.array([0 if k is None else k for k in listed], dtype=np.int64)
     if len(options) != items or ((options < 2) & (options != 0)).any():

@@ -212,7 +212,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _weigh(pull: list[Tensor], importance: list[Tensor | None]) -> None:
+def _weigh(pull: Sequence[Tensor], importance: Sequence[Tensor | None]) -> None:
     weighted = [(d, f) for d, f in zip(pull, importance) if f is not None]
     if weighted:
         torch._foreach_mul_(*(list(column) for column in zip(*weighted)))

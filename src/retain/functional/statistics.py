@@ -252,17 +252,17 @@ def sign_flip(differences: ArrayLike, resamples: int = RESAMPLES, seed: int = 0)
     Exact when 2^n ≤ `resamples`, n counting the differences that are not 0; otherwise Monte Carlo with
     p = (hits + 1)/(resamples + 1), which is never 0. Items of a cluster must be summed before.
     """
-    differences = _vector(differences, "differences")
-    differences = differences[differences != 0]  # their sign changes nothing, and fewer items stay exact longer
-    if not len(differences):
+    moved = _vector(differences, "differences")
+    moved = moved[moved != 0]  # the sign of a 0 changes nothing, and fewer items stay exact longer
+    if not len(moved):
         return 1.0
     test = stats.permutation_test(
-        (differences,),
+        (moved,),
         np.sum,
         permutation_type="samples",
         vectorized=True,
         n_resamples=resamples,
-        batch=max(1, _CELLS_IN_MEMORY // len(differences)),
+        batch=max(1, _CELLS_IN_MEMORY // len(moved)),
         rng=np.random.default_rng(seed),
     )
     return float(test.pvalue)

@@ -85,6 +85,7 @@ def summaries() -> dict[str, dict[str, str]]:
                     if isinstance(s, ast.Assign)
                     and isinstance(s.targets[0], ast.Name)
                     and isinstance(s.value, ast.Constant)
+                    and isinstance(s.value.value, str)
                 }
                 found[name] = {
                     "class": node.name,

@@ -16,6 +16,13 @@ from retain.models import params
 _UNSET = object()
 
 
+def _no_batches(rows: Any, size: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    raise ConfigError(
+        "run.batches: not set; allowed: a function of rows and size that gives batches. Use `ContinualTrainer`, "
+        "which sets it."
+    )
+
+
 @dataclass
 class Batch:
     """One micro-batch with the student's hidden states.
@@ -58,7 +65,7 @@ class Run:
     start: params.Tensors = field(default_factory=dict)  # trainable weights when the task began
     log: Callable[[str, float], None] = lambda name, value: None
     logging_now: bool = True  # whether this step's values are written
-    batches: Callable[[Any, int], Iterator[tuple[dict[str, Any], torch.Tensor]]] | None = None
+    batches: Callable[[Any, int], Iterator[tuple[dict[str, Any], torch.Tensor]]] = _no_batches
     tokenise: Callable[[Any], Any] = lambda rows: rows  # chat rows → rows as the trainer takes them
     new_rows: Any = None  # the task's rows in chat form (for buffers and importances)
     optimizer: str = "adamw"

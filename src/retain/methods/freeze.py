@@ -13,7 +13,7 @@ Tune: `share` 0.5–0.8 for models of 1–7 billion parameters, more for larger 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -86,7 +86,7 @@ class Freeze(Method):
         return names
 
 
-def _component(whole: torch.nn.Module, layers: torch.nn.ModuleList, component: str) -> list[torch.nn.Module | None]:
+def _component(whole: Any, layers: torch.nn.ModuleList, component: str) -> list[torch.nn.Module | None]:
     """Modules of a component, told by their class, because attribute names differ between families."""
     if component == "embeddings":
         return [whole.get_input_embeddings()]

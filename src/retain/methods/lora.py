@@ -56,7 +56,7 @@ class LoRA(Method):
         dora: bool = False
         """Weight-decomposed LoRA (arXiv:2402.09353)."""
 
-    def prepare_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+    def prepare_model(self, model: Any, run: Run) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
         if hasattr(model, "peft_config"):

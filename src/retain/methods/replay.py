@@ -67,7 +67,9 @@ class Replay(Method):
         if c.source in ("self", "old", "auto"):
             given = run.old if c.source != "self" else None
             # one pass over the new rows needs no more; fewer are written faster
-            needed = math.ceil(len(data.new) * c.fraction / (1 - c.fraction)) if hasattr(data.new, "__len__") else c.rows
+            needed = (
+                math.ceil(len(data.new) * c.fraction / (1 - c.fraction)) if hasattr(data.new, "__len__") else c.rows
+            )
             number = c.rows if given is not None else max(16, min(c.rows, needed))
             parts.append(run.old_rows(run.model, number, given=given, max_tokens=c.max_tokens))
         earlier = self._buffer(run)

@@ -77,7 +77,7 @@ def stop_tokens(model: torch.nn.Module, tokenizer: Any) -> list[int]:
 
 
 def generate(
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     max_new_tokens: int | Sequence[int] = 64,

@@ -157,8 +157,9 @@ def choice_log_likelihoods(
         rows: list[Row] = []
         for item, group in enumerate(groups):
             row = branching_row(cut, group) if ability.branches else None
-            fits = row is not None and len(row.tokens) <= batch_tokens and max(row.positions) < ability.reach
-            for one in [row] if fits else [plain_row(*cut[choice], choice) for choice in group]:
+            if row is not None and (len(row.tokens) > batch_tokens or max(row.positions) >= ability.reach):
+                row = None
+            for one in [plain_row(*cut[choice], choice) for choice in group] if row is None else [row]:
                 one.items = [item]
                 rows.append(one)
         sums = score_rows(model, tokenizer, rows, len(pairs), batch_tokens, progress)

@@ -106,7 +106,7 @@ def _first_line(error: Exception) -> str:
 def load_stage(config: ModelConfig, tasks: list[Path]) -> Any:
     """The model after a sequence of finished tasks, given their folders (each with `adapter` or `model`).
 
-    Adapters of earlier tasks are merged in order, the last one stays on top, exactly as while training.
+    Adapters are merged in order, exactly as while training (`settled`).
     """
     from peft import PeftModel
 
@@ -117,7 +117,16 @@ def load_stage(config: ModelConfig, tasks: list[Path]) -> Any:
     else:
         model, _ = load_model(config, tokenizer=False)
     for folder in tasks[first + 1 :]:
-        if hasattr(model, "merge_and_unload"):
-            model = model.merge_and_unload()
-        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+        model = settled(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True))
     return model
+
+
+def settled(model: Any) -> Any:
+    """A model after a task, adapters merged: what is probed, deployed, and learned on by the next task.
+
+    A quantised base cannot be merged without loss, so there the adapter stays on top and goes on learning.
+    """
+    if not hasattr(model, "peft_config") or getattr(model.get_base_model(), "is_quantized", False):
+        return model
+    # trainable again, as after loading; autocast also keeps its copies of such weights between forward passes
+    return model.merge_and_unload().requires_grad_(True)

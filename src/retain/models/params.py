@@ -92,12 +92,15 @@ def lora_pairs(model: Any) -> dict[str, LoraPair]:
             continue
         for adapter in module.active_adapters:
             if adapter in module.lora_A and module.lora_A[adapter].weight.requires_grad:
+                a: Any = module.lora_A[adapter]
+                b: Any = module.lora_B[adapter]
+                base: Any = module.get_base_layer()
                 pairs[name] = LoraPair(
                     name,
-                    module.lora_A[adapter].weight,
-                    module.lora_B[adapter].weight,
+                    a.weight,
+                    b.weight,
                     float(module.scaling[adapter]),
-                    module.get_base_layer().weight,
+                    base.weight,
                     bool(getattr(module, "fan_in_fan_out", False)),
                 )
     return pairs

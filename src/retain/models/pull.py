@@ -75,13 +75,13 @@ class Pull:
     @torch.no_grad()
     def add_gradients(self, strength: float) -> None:
         """Add strength · F (θ − θ*) to every `.grad`, in place."""
-        rows = [i for i, p in enumerate(self.dense) if p.grad is not None]
+        rows = [(i, p, p.grad) for i, p in enumerate(self.dense) if p.grad is not None]
         anchors, importance = self._local()
         penalties.add_quadratic_gradient(
-            [params.local(self.dense[i].grad) for i in rows],
-            [params.local(self.dense[i]) for i in rows],
-            [anchors[i] for i in rows],
-            [importance[i] for i in rows],
+            [params.local(gradient) for _, _, gradient in rows],
+            [params.local(parameter) for _, parameter, _ in rows],
+            [anchors[i] for i, _, _ in rows],
+            [importance[i] for i, _, _ in rows],
             strength,
         )
         for pair, slopes in zip(self.pairs, penalties.low_rank_gradients(self._factors(), strength)):

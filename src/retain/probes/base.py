@@ -61,7 +61,7 @@ class Probe:
 
     kind: ClassVar[str]
     metric: ClassVar[str]
-    group: ClassVar[str] = "capability"  # knowledge | capability | behaviour, unless the items say otherwise
+    group: str = "capability"  # knowledge | capability | behaviour, unless the items say otherwise
     higher_is_better: ClassVar[bool] = True
     fields: ClassVar[frozenset[str]]  # what a row must have; how a file without `kind` is recognised
 

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from retain.errors import DataError, unknown
 from retain.models.generation import Generated
@@ -98,7 +98,7 @@ def _appears(text: str, phrase: str) -> bool:
     return re.search(front + re.escape(phrase) + back, text) is not None
 
 
-def _is_json(text: str, wanted: bool | list[str]) -> bool:
+def _is_json(text: str, wanted: Literal[True] | list[str]) -> bool:
     """Parses as an object or list, a code fence around it allowed; has the keys when they are given."""
     fence = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text, re.DOTALL)
     try:

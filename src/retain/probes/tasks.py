@@ -18,7 +18,7 @@ def task_items(
     prompt/response rows by the written answer; text rows by perplexity. Rows that cannot be scored (several
     turns, no answer) are left out.
     """
-    items = []
+    items: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         about = {"id": f"{name}-{number:04d}", "probe": name, "group": GROUP}
         if row.get("choices"):

@@ -22,7 +22,7 @@ RUNS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7"]
 LINES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#9a9a9a"]
 INK = "#0a0b0c"  # stands for `currentColor`, which matplotlib does not know
 WIDTH = 4.6  # inches = 331 units, about the pixels of a phone: text of 11 units stays readable there
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types the keys as one long list of words
     "svg.fonttype": "none",
     "svg.hashsalt": "retain",
     "text.parse_math": False,

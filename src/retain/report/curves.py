@@ -169,7 +169,7 @@ def forgetting(
         figure, (axes,) = new_figure(2.9 + 0.2 * ((min(len(curves), 7) + len(others) + 2) // 2))
         axes.axhline(100, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
         for k, probe in enumerate(sorted(curves, key=lambda probe: last[probe])):
-            style = {"color": LINES[k], "label": short(probe, 20)} if k < 7 else {"color": BEFORE}
+            style: dict[str, Any] = {"color": LINES[k], "label": short(probe, 20)} if k < 7 else {"color": BEFORE}
             curve = curves[probe]
             axes.plot(list(curve), list(curve.values()), linewidth=1.2, marker="o", markersize=2.5, **style)
         mean = _mean_curve(curves)
@@ -179,7 +179,7 @@ def forgetting(
             found, their_unit = kept_curves(theirs, records)
             mean = _mean_curve(found)
             if len(mean) > 1 and their_unit == unit:
-                line = {"color": RUNS[k + 1], "linewidth": 3, "linestyle": (0, (3, 1.2))}
+                line: dict[str, Any] = {"color": RUNS[k + 1], "linewidth": 3, "linestyle": (0, (3, 1.2))}
                 axes.plot(list(mean), list(mean.values()), label=f"mean, {short(label, 14)}".lstrip("_"), **line)
         axes.grid(color=(0.5, 0.5, 0.5, 0.25), linewidth=0.6)
         low, high = axes.get_ylim()
@@ -188,7 +188,7 @@ def forgetting(
         axes.set_ylabel("kept, % of the base")
         axes.set_xlabel(unit)
         if unit == "stage":
-            turned = {"rotation": 30, "ha": "right"} if len(results.stages) > 3 else {}
+            turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(results.stages) > 3 else {}
             axes.set_xticks(range(len(results.stages)), [short(stage, 14) for stage in results.stages], **turned)
         figure.legend(loc="outside lower left", ncols=2, fontsize=10.5, handlelength=1.4)
     worst = min(last, key=lambda probe: last[probe])

@@ -64,7 +64,7 @@ def matrix(results: Results) -> Picture | None:
                 weight = "bold" if i == j + 1 else "normal"
                 axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=size, fontweight=weight)
         tasks = [short(task, 14 if columns > 3 else 36 // columns) for task in results.tasks[:columns]]
-        turned = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if columns > 3 else {}
+        turned: dict[str, Any] = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if columns > 3 else {}
         axes.xaxis.tick_top()
         axes.set_xticks(range(columns), tasks, **turned)
         axes.set_yticks(range(rows), ["base", *(f"after {short(task, 14)}" for task in results.tasks[: rows - 1])])

@@ -110,7 +110,7 @@ def collect(directory: Path, results: Results, compare: Sequence[tuple[str, Path
     first, last = _table(directory, results.stages[0]), _table(directory, results.stages[-1])
     others = [(label, _table(place, theirs.stages[-1])) for label, place, theirs in compare if theirs.stages]
     infos = {info.name: info for info in results.probes}
-    items = []
+    items: list[dict[str, Any]] = []
     for key, before in first.items():
         after, info = last.get(key), infos.get(key[0])
         if after is None or not (before["output"] or after["output"] or before["correct"] is not None):

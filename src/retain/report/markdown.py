@@ -148,7 +148,7 @@ def _examples(flips: flip.Flips) -> list[str]:
 
 
 def _how(results: Results) -> list[str]:
-    rows = [
+    rows: list[Sequence[object]] = [
         ["model", results.model],
         ["old data", results.old],
         ["seed", results.seed],

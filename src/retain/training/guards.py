@@ -60,6 +60,23 @@ def check_gradients(model: Any) -> None:
         )
 
 
+def check_held(stack: Stack, held: params.Tensors, model: Any) -> None:
+    """At step 1: what methods took hold of at the start of the task must be what is trained.
+
+    Args:
+        held: trainable parameters by name, as they were when the methods started.
+
+    Raises:
+        ConfigError: the host replaced parameters since (FSDP does), so that edits would go nowhere.
+    """
+    editors = [m.name for m in stack.methods if m.edits_gradients]
+    if editors and any(p is not held.get(name) for name, p in params.trainable(model).items()):
+        raise ConfigError(
+            f"methods.{editors[0]}: the trainer replaced the model's parameters when it wrapped them (FSDP does), so "
+            "the pull would reach nothing. Train on one device or with DDP, or remove the method."
+        )
+
+
 @torch.no_grad()
 def weights_finite(model: Any) -> bool:
     """Whether every trained weight of this rank is a number; asked before a checkpoint replaces a good one."""

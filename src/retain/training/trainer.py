@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,13 @@ from retain.training import checkpoint, guards
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
 
-class ContinualMixin:
+
+class ContinualMixin(_Host):
     """Adds methods to a `transformers.Trainer` subclass: `class Mine(ContinualMixin, MyTrainer)`.
 
     Args:
@@ -44,6 +49,11 @@ class ContinualMixin:
     Raises:
         ConfigError: methods that clash, lack what they need, or cannot work under these arguments.
     """
+
+    # The host's own, which it declares as possibly None or as its base class.
+    args: Any
+    model: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -78,6 +88,7 @@ class ContinualMixin:
         self._mixture: Mixture | None = None
         self._with_loss = [m.name for m in self.stack.methods if type(m).batch_loss is not Method.batch_loss]
         self._coverage_checked = False
+        self._held: params.Tensors = {}
         if not self.accelerator.is_main_process:
             run.say = lambda line: None
         guards.check_host(self, self.stack)
@@ -90,7 +101,7 @@ class ContinualMixin:
         columns = rows.column_names or []
         if "input_ids" in columns or not hasattr(self, "_prepare_dataset"):
             return rows
-        masked = getattr(self, "completion_only_loss", None)
+        masked: Any = getattr(self, "completion_only_loss", None)
         if self.args.completion_only_loss is None:
             # TRL decides by the form of the new rows; replayed answers must not become prompts that are learned
             self.completion_only_loss = True
@@ -131,9 +142,9 @@ class ContinualMixin:
             self._signature_columns = [*self._signature_columns, "source"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self._mixture is None:
-            return super()._get_train_sampler(train_dataset)
         args, mixture = self.args, self._mixture
+        if mixture is None or mixture.fraction is None:
+            return super()._get_train_sampler(train_dataset)
         window = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         return MixtureSampler(
             _supervised(mixture.new, mixture.by),
@@ -162,7 +173,7 @@ class ContinualMixin:
             yield inputs, inputs.pop("labels")
 
     # -- the loop ----------------------------------------------------------------------------------------
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Train one task: methods start, the host's loop runs, methods finish. Takes what the host takes.
 
         Raises:
@@ -180,13 +191,14 @@ class ContinualMixin:
         if found is not None:
             self.stack.load_state_dict(checkpoint.load_state(found))
         self.run.model = self.model
+        self._held = dict(params.trainable(self.model))
         with params.evaluating(self.model), self.accelerator.autocast():
             self.stack.on_task_start(self.model, self.run)
         if found is not None:
             self._continue_counts(found)
         # what was drawn before (an adapter, self-written rows) must not change dropout in a run that is continued
         set_seed(self.args.seed)
-        result = super().train(resume_from_checkpoint=str(found) if found else None, **kwargs)
+        result = super().train(str(found) if found else None, *rest, **kwargs)
         with self.accelerator.autocast():
             self.stack.on_task_end(self.model, self.run)
         self.accelerator.wait_for_everyone()
@@ -208,7 +220,7 @@ class ContinualMixin:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs["labels"]
         with params.captured_hidden(model) as seen:
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         kept = {k: v for k, v in inputs.items() if k not in ("labels", "use_cache", "output_router_logits")}
         if source is None:
             source = torch.zeros(labels.shape[0], dtype=torch.long, device=labels.device)
@@ -242,6 +254,7 @@ class ContinualMixin:
         if self.accelerator.sync_gradients:
             if not self._coverage_checked:
                 guards.check_gradients(self.model)
+                guards.check_held(self.stack, self._held, self.model)
                 self._coverage_checked = True
             self.stack.edit_gradients(model, self.run)
             self._steps_noted += 1
