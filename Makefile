@@ -1,4 +1,4 @@
-# Everything a fresh clone needs: `make demo`, `make test`. Only Python 3.10+ and make must be there.
+# Everything a fresh clone needs: `make demo`, `make test`. Only Python 3.11 and make must be there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

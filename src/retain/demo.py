@@ -25,7 +25,7 @@ TRAIN: dict[str, Any] = {
     "save_strategy": "no",
     "per_device_train_batch_size": 4,
 }
-ROWS, TEST_ROWS, ITEMS = 128, 40, 24
+ROWS, TEST_ROWS, ITEMS = 112, 40, 24
 
 
 @dataclass

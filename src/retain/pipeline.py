@@ -250,8 +250,18 @@ class _Runner:
             from retain.models.load import load_stage
 
             folders = [self.place.task(stage) for stage in self.plan.stages[1 : index + 1]]
-            self.model = (index, load_stage(self.config.model, folders))
+            model = load_stage(self.config.model, folders)
+            if not getattr(model, "is_quantized", False):  # a quantised one is where it belongs already
+                model.to(self._device())
+            self.model = (index, model)
         return self.model[1]
+
+    def _device(self) -> str:
+        """Where the model trains, so that the baseline is probed there too."""
+        import torch
+
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if found is None or self.plan.train.get("use_cpu") else found.type
 
     def _probe(self, stage: str, index: int) -> None:
         """Ask all probes about the model of a stage, unless that was done."""
@@ -286,8 +296,7 @@ class _Runner:
 
         wanted = self.config.probes.precision
         half = wanted == "bfloat16" or (wanted == "auto" and bool(self.plan.train.get("bf16")))
-        device = "cuda" if torch.cuda.is_available() and not self.plan.train.get("use_cpu") else "cpu"
-        return torch.autocast(device, torch.bfloat16, enabled=half)
+        return torch.autocast(self._device(), torch.bfloat16, enabled=half)
 
     def _train(self, index: int, task: Task, stage: str) -> None:
         from transformers import PrinterCallback
@@ -371,7 +380,7 @@ class _Runner:
         summaries = [place.done(stage) or {} for stage in self.plan.stages[1:]]
         return Results(
             name=config.title,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             model=config.model.name,
             seed=config.seed,
             confidence=confidence,

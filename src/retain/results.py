@@ -202,7 +202,11 @@ def load_items(path: Path) -> list[dict[str, Any]]:
 
     if not Path(path).is_file():
         raise RunError(f"{path}: no such item table. Run the probes of this stage again.")
-    return pq.read_table(path).to_pylist()
+    try:
+        return pq.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise RunError(f"{path}: damaged item table ({first}). Delete it and run again to probe this stage.") from error
 
 
 def load_metrics(directory: Path) -> list[dict[str, Any]]:

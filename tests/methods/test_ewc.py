@@ -238,3 +238,8 @@ def test_families_have_an_importance_for_every_weight_that_acts():
         found = EWC().importance(model, run, rows(3))
         silent = [name for name, t in found.items() if not t.any() and "k_proj.bias" not in name]
         assert not silent, (kind, silent)
+
+
+def test_a_run_without_a_trainer_says_what_to_use(tmp_path):
+    with pytest.raises(ConfigError, match="Use `ContinualTrainer`"):
+        Run(tmp_path).batches([], 1)

@@ -320,7 +320,10 @@ def test_each_form_of_replay_keeps_its_mask(tmp_path):
 
 def host(**settings):
     args = SimpleNamespace(fp16=settings.pop("fp16", False))
-    return SimpleNamespace(is_deepspeed_enabled=settings.pop("deepspeed", False), args=args, model=None)
+    shards = settings.pop("fsdp", False)
+    return SimpleNamespace(
+        is_deepspeed_enabled=settings.pop("deepspeed", False), is_fsdp_enabled=shards, args=args, model=None
+    )
 
 
 def test_deepspeed_and_fp16_are_refused_for_methods_that_edit_gradients():
@@ -333,6 +336,12 @@ def test_deepspeed_and_fp16_are_refused_for_methods_that_edit_gradients():
         guards.check_host(host(), stack)
     losses = Stack(build(["replay", "distill"]))
     guards.check_host(host(deepspeed=True, fp16=True), losses)
+
+
+def test_shards_are_refused_for_methods_that_put_the_start_weights_in_place():
+    with pytest.raises(ConfigError, match=r"^methods\.distill: runs the model with its start weights"):
+        guards.check_host(host(fsdp=True), Stack(build(["distill"])))
+    guards.check_host(host(fsdp=True), Stack(build(["replay"])))
 
 
 def test_nothing_to_train_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -36,5 +37,7 @@ def command(
 
     out = console()
     results = run(settings, lambda line: out.print(line, style="dim", highlight=False, markup=False))
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun every process comes here; one speaks
     out.print(terminal.summary(results))
     out.print(f"Report: {settings.directory / 'report.html'}", highlight=False)

@@ -39,6 +39,7 @@ class Method:
     paper: ClassVar[str] = ""  # "arXiv:1612.00796, eq. 3"
     conflicts: ClassVar[frozenset[str]] = frozenset()  # names of methods it cannot be combined with
     edits_gradients: ClassVar[bool] = False  # touches gradients or weights itself: refused under DeepSpeed
+    swaps_weights: ClassVar[bool] = False  # runs the model with other weights in place: refused on shards
     adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
 

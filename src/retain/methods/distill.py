@@ -31,6 +31,7 @@ class Distill(Method):
 
     family = "functions"
     paper = "arXiv:1606.09282"
+    swaps_weights = True
 
     class Config(Strength):
         strength: float = 0.5

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from retain.errors import ConfigError
 from retain.methods.base import Stack
@@ -24,18 +25,25 @@ def check_host(trainer: Any, stack: Stack) -> None:
     """Refuse combinations of trainer and methods that would do nothing or the wrong thing.
 
     Raises:
-        ConfigError: DeepSpeed or fp16 with methods that edit gradients, or nothing to train.
+        ConfigError: DeepSpeed or fp16 with methods that edit gradients, shards with methods that swap weights,
+            or nothing to train.
     """
     editors = [m.name for m in stack.methods if m.edits_gradients]
     if editors and trainer.is_deepspeed_enabled:
         raise ConfigError(
             f"methods.{editors[0]}: edits gradients, which DeepSpeed has already used and cleared by then. "
-            "Use DDP or FSDP2, or methods that add a loss (distill, replay)."
+            "Use DDP, or methods that work on data (replay)."
         )
     if editors and getattr(trainer.args, "fp16", False):
         raise ConfigError(
             f"methods.{editors[0]}: gradients are scaled under fp16, so the pull would be lost. "
             "Set `train: {bf16: true, fp16: false}`."
+        )
+    swappers = [m.name for m in stack.methods if m.swaps_weights]
+    if swappers and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        raise ConfigError(
+            f"methods.{swappers[0]}: runs the model with its start weights in place, which shards do not allow. "
+            "Use DDP, with `lora` where the model is large."
         )
     if trainer.model is not None and not params.trainable(trainer.model):
         raise ConfigError("model: no parameter is trainable. A quantised model needs `lora`; or freeze less.")
