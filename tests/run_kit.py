@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,14 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
     """The values as a YAML file."""
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return path
+
+
+def environment() -> dict[str, str]:
+    """Variables of a child process: our packages, one thread, no hub."""
+    paths = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,26 +1,12 @@
 """Makes the shared kits importable, and starts scripts on one or two processes."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
-
-
-def environment() -> dict[str, str]:
-    """Variables of a child process: our packages, one thread, no hub."""
-    paths = [str(TESTS.parent / "src"), str(TESTS)]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+from run_kit import environment
 
 
 @pytest.fixture

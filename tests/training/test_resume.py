@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import environment
-from run_kit import settings, workshop, write_config
+from run_kit import environment, settings, workshop, write_config
 from safetensors.torch import load_file
 
 from retain.config import parse
