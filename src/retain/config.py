@@ -15,8 +15,9 @@ STARTER = "starter"
 #: Used when a configuration names no methods. Needs no old data. How it was chosen: docs/log.md.
 DEFAULT_METHODS: list[Any] = [
     {"lora": {"r": 16}},
-    {"replay": {"fraction": 0.2}},
-    {"distill": {"strength": 1.0}},
+    {"replay": {"fraction": 0.3, "max_tokens": 48}},
+    {"distill": {"strength": 2.0}},
+    {"interpolate": {"strength": 0.2}},
 ]
 
 

@@ -155,7 +155,7 @@ def _write_self(
             tokenizer,
             number,
             seed,
-            filters=Filters(prompt_tokens=48, response_tokens=max_tokens),
+            filters=Filters(prompt_tokens=32, response_tokens=max_tokens),
             progress=lambda kept: bar.update(job, advance=kept),
         )
     say(f"replay: the model wrote {len(rows)} rows itself ({report.sentence()}).")

@@ -66,19 +66,19 @@ class Replay(Method):
         parts: list[Any] = []
         if c.source in ("self", "old", "auto"):
             given = run.old if c.source != "self" else None
-            # one pass over the new rows needs no more; fewer are written faster
+            # twice what one pass needs: variety protects, and fewer are written faster
             needed = (
                 math.ceil(len(data.new) * c.fraction / (1 - c.fraction)) if hasattr(data.new, "__len__") else c.rows
             )
-            number = c.rows if given is not None else max(16, min(c.rows, needed))
+            number = c.rows if given is not None else max(16, min(c.rows, 2 * needed))
             parts.append(run.old_rows(run.model, number, given=given, max_tokens=c.max_tokens))
         earlier = self._buffer(run)
         if earlier is not None and len(earlier):
             rows = earlier.rows()
             # a run killed after this task filled the buffer must replay what it replayed before
             rows = rows.select([i for i, source in enumerate(rows["source"]) if source != run.task])
-            # at least half of the replay stands for abilities from before: many task rows must not drown them
-            room = len(parts[0]) if parts else len(rows)
+            # three quarters of the replay stand for abilities from before: task rows must not drown them
+            room = -(-len(parts[0]) // 3) if parts else len(rows)
             parts.append(rows.shuffle(seed=run.seed + run.task_index).select(range(min(room, len(rows)))))
         rows = joined([run.tokenise(part) for part in parts if len(part)])
         if rows is None or len(rows) == 0:
