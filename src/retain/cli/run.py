@@ -25,7 +25,7 @@ def command(
 
         model: starter
         tasks: [data/medical.jsonl]
-        methods: [lora: {r: 16}, replay: {fraction: 0.25}, distill]
+        methods: [lora: {r: 16}, replay: {fraction: 0.3}, distill]
     """
     from retain.cli.common import console, quiet_libraries
     from retain.cli.plan import configuration

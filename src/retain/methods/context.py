@@ -148,7 +148,7 @@ def _write_self(
         answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, 0.9, seed * 1000 + next(calls))
         return [a.text + (tokenizer.eos_token or "" if a.finished else "") for a in answers]
 
-    with Progress(transient=True) as bar, params.adapters_off(model):
+    with Progress(transient=True) as bar, params.adapters_off(model), params.casts_kept(model):
         job = bar.add_task("the model writes old rows", total=number)
         rows, report = write_rows(
             write,

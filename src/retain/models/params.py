@@ -201,6 +201,23 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextmanager
+def casts_kept(model: Any) -> Iterator[None]:
+    """Lets autocast keep its half-precision copies of frozen weights between the forward passes of a block.
+
+    It keeps copies of weights that require a gradient only; without this, every token that is written casts
+    all frozen weights again. For blocks without gradients.
+    """
+    frozen = [p for p in causal(model).parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def decoder_layers(model: Any) -> torch.nn.ModuleList:
     """The decoder blocks, bottom first: the longest list of blocks of one class inside the backbone."""
     candidates = [
