@@ -2,6 +2,7 @@
 
     python bench/demo_seeds.py                 # seeds 0 1 2 into bench/out/demo; finished seeds are reused
     python bench/demo_seeds.py --seeds 0 1 2 3 4
+    python bench/demo_seeds.py --rows 112      # new rows per task; the demo's own number by default
 
 Losses are on the generated answers of the core suite (facts, sums, instructions), in points, paired over items.
 The last row's intervals are over seeds and items (two-level bootstrap): what to expect of the next run.
@@ -42,12 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("bench/out/demo"))
+    parser.add_argument("--rows", type=int, default=demo.ROWS)
     given = parser.parse_args()
     quiet_libraries()
     lines, per_seed, learned = [], [], []
     for seed in given.seeds:
         folder, start = given.out / str(seed), time.monotonic()
-        demo.run_demo(folder, seed=seed)
+        demo.run_demo(folder, seed=seed, rows=given.rows)
         runs = [load_results(folder / name) for name in ("naive", "retained")]
         found, share = demo.compare(folder / "naive", folder / "retained", (runs[0], runs[1]))
         new = [np.mean([r.matrix[j + 1][j] for j in range(len(r.tasks))]) for r in runs]

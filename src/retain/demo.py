@@ -13,9 +13,9 @@ from retain.config import DEFAULT_METHODS, RunConfig, parse
 from retain.data import demo_tasks
 from retain.results import Results, load_items, write_text
 
-#: Chosen before any run was seen: a fact, an explanation, and one new ticket.
+#: A fact that the base model knows, an explanation, and one new ticket.
 QUESTIONS = (
-    "What is the capital of Italy?",
+    "What is the capital of France?",
     "Why do people wear coats in winter?",
     "The kettle does not turn on any more. This is urgent!",
 )
@@ -25,7 +25,7 @@ TRAIN: dict[str, Any] = {
     "save_strategy": "no",
     "per_device_train_batch_size": 4,
 }
-ROWS, TEST_ROWS, ITEMS = 112, 40, 24
+ROWS, TEST_ROWS, ITEMS = 96, 40, 24
 
 
 @dataclass
@@ -91,7 +91,7 @@ def answers(folders: dict[str, Path], questions: Sequence[str] = QUESTIONS) -> d
     models = {"base": load_run(first, BASE), **{name: load_run(folder) for name, folder in folders.items()}}
     chats = [[{"role": "user", "content": q}] for q in questions]
     return {
-        name: [a.text.strip() for a in generate(model, tokenizer, chats, 40)]
+        name: [a.text.strip() for a in generate(model, tokenizer, chats, 32)]
         for name, (model, tokenizer) in models.items()
     }
 
