@@ -31,3 +31,19 @@ def tiny_cache(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes `starter` the tiny model, in this process and in those it starts."""
     monkeypatch.setenv("RETAIN_CACHE", str(tiny_folder.parent))
     return tiny_folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tiny tokenizer."""
+    from tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A new tiny random model."""
+    from tiny import tiny_model
+
+    return tiny_model(tokenizer)
