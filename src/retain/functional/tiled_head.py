@@ -180,7 +180,11 @@ def _check_positive(where: str, **numbers: float | None) -> None:
 
 
 def _prepare(hidden: Tensor, head: Head, where: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Bring hidden states and head to one dtype: that of autocast where it is on, as a linear layer would."""
+    """Bring hidden states and head to one dtype: that of autocast where it is on, as a linear layer would.
+
+    Not on a CPU, where `_product` computes in float32 anyway: rounding the head first would cost bits, and a copy of
+    [V, H] for every product.
+    """
     weight, bias = head.weight, head.bias
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ModelError(
@@ -188,7 +192,7 @@ def _prepare(hidden: Tensor, head: Head, where: str) -> tuple[Tensor, Tensor, Te
             "allowed: [N, H] and [V, H]. Select the supervised positions first."
         )
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64 and kind != "cpu":
         dtype = torch.get_autocast_dtype(kind)
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
@@ -306,20 +310,28 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, exclude, forms, options):
         tensors = (hidden, weight, bias, t_hidden, t_weight, t_bias, exclude)
-        ctx.save_for_backward(*tensors)
-        ctx.forms, ctx.options = forms, options
         temperature, direction, share, tile = options
         result = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
+        # a frozen head: each token's gradient is upstream times a vector that is known now, while its logits are there
+        ctx.at_once = ctx.needs_input_grad[:3] == (True, False, False)
+        gradients = _Gradients(ctx, hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _tiles(len(hidden), tile):
-                _, log_p, log_p0 = _both(tensors, rows, forms, temperature)
-                value, _ = _compare(log_p, log_p0, direction, share, with_slope=False)
+                logits, log_p, log_p0 = _both(tensors, rows, forms, temperature)
+                value, slope = _compare(log_p, log_p0, direction, share, with_slope=ctx.at_once)
                 result[rows] = value * temperature**2
+                if ctx.at_once:
+                    gradients.add(rows, _reached(slope, temperature, exclude, rows), logits, *forms[:2])
+        ctx.save_for_backward(*((gradients.hidden,) if ctx.at_once else tensors))
+        ctx.forms, ctx.options = forms, options
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
+        if ctx.at_once:
+            (slopes,) = ctx.saved_tensors
+            return ((slopes * upstream[:, None]).to(slopes.dtype), *[None] * 8)
         hidden, weight, bias, *_, exclude = ctx.saved_tensors
         temperature, direction, share, tile = ctx.options
         gradients = _Gradients(ctx, hidden, weight, bias)
@@ -327,11 +339,15 @@ class _Divergence(torch.autograd.Function):
             for rows in _tiles(len(hidden), tile):
                 logits, log_p, log_p0 = _both(ctx.saved_tensors, rows, ctx.forms, temperature)
                 _, slope = _compare(log_p, log_p0, direction, share, with_slope=True)
-                slope *= upstream[rows, None] * temperature
-                if exclude is not None:
-                    slope.scatter_(1, exclude[rows, None], 0)
+                slope = _reached(slope, temperature, exclude, rows) * upstream[rows, None]
                 gradients.add(rows, slope, logits, *ctx.forms[:2])
         return (*gradients.result(), None, None, None, None, None, None)
+
+
+def _reached(slope: Tensor, temperature: float, exclude: Tensor | None, rows: slice) -> Tensor:
+    """From ∂/∂(z / T) to ∂/∂z of T² times the divergence; excluded tokens get nothing. Overwrites `slope`."""
+    slope *= temperature
+    return slope if exclude is None else slope.scatter_(1, exclude[rows, None], 0)
 
 
 def _both(saved, rows: slice, forms, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,9 +367,7 @@ def _compare(log_p: Tensor, log_p0: Tensor, direction: str, share: float, with_s
     p = log_p.exp()
     if direction == "forward":
         p0 = log_p0.exp()
-        if with_slope:
-            return p, p - p0
-        return _expected(p0, log_p0 - log_p), p
+        return _expected(p0, log_p0 - log_p), p.sub_(p0) if with_slope else p
     if direction == "reverse":
         gap, factor = log_p - log_p0, 1.0
         value = expected = _expected(p, gap)

@@ -5,7 +5,7 @@
 p⁰ = the model at the start of the task, p = the model in training, T = temperature; per supervised token, and
 summed and divided as the cross-entropy is. On replayed rows the term never opposes the new task.
 Deviations from the paper: the teacher is not a second model: its forward pass runs with the starting weights in
-    place of the trainable ones (with LoRA, a few megabytes). The divergence is computed in tiles from hidden
+    place of the trainable ones (with LoRA, without the adapters). The divergence is computed in tiles from hidden
     states, never as a batch × length × vocabulary tensor. No learning-rate warm-up of new heads.
 Cost: one copy of the trainable weights; one more forward pass over the rows it applies to.
 Combine with: replay (then it applies to the replayed rows), lora, ewc, freeze.   Conflicts: none.
@@ -50,6 +50,7 @@ class Distill(Method):
             self._rows = "replay" if run.has_replay else "all"
         if self._rows == "replay" and not run.has_replay:
             raise ConfigError("methods.distill.rows: 'replay' without replayed rows. Add `replay`, or use 'all'.")
+        self._without_adapters = params.begins_at_base(model, run.start)
 
     def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
         chosen = {
@@ -69,7 +70,12 @@ class Distill(Method):
         model = run.model
         with torch.no_grad(), params.evaluating(model):
             inputs = _select(batch.inputs, chosen)
-            past = params.hidden_states(model, inputs, run.start)[:, :-1][mask[chosen]]
+            if self._without_adapters:
+                with params.adapters_off(model):
+                    past = params.hidden_states(model, inputs)
+            else:
+                past = params.hidden_states(model, inputs, run.start)
+            past = past[:, :-1][mask[chosen]]
         rules = params.logit_rules(model)
         value = divergence(
             student,

@@ -201,6 +201,14 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def begins_at_base(model: Any, start: Tensors) -> bool:
+    """Whether the model with the weights `start` is the model without adapters: LoRA alone learns, and every B is 0."""
+    pairs = lora_pairs(model).values()
+    names = {id(p): name for name, p in trainable(model).items()}
+    factors = {names[id(p)] for pair in pairs for p in (pair.A, pair.B)}
+    return bool(factors) and start.keys() <= factors and not any(start[names[id(pair.B)]].any() for pair in pairs)
+
+
 @contextmanager
 def casts_kept(model: Any) -> Iterator[None]:
     """Lets autocast keep its half-precision copies of frozen weights between the forward passes of a block.

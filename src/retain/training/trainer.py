@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ import torch
 from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from retain.data.mixture import Mixture, MixtureSampler
-from retain.errors import ConfigError, TrainingDiverged
+from retain.errors import ConfigError, ModelError, TrainingDiverged
 from retain.methods.base import Method, Stack
 from retain.methods.context import Batch, Run
 from retain.models import params
@@ -393,3 +395,34 @@ class ContinualTrainer(ContinualMixin, SFTTrainer):
         >>> trainer = ContinualTrainer(model, args, train_dataset=rows, methods=[Replay(fraction=0.1)])
         >>> trainer.train()
     """
+
+    def __init__(self, model: Any = None, *rest: Any, **kwargs: Any) -> None:
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
+        if kwargs.get("processing_class") is None and len(rest) < 5 and name == "":
+            raise ModelError(
+                "model: it was not loaded from a name or a folder, so its tokenizer is not known. "
+                "Give `processing_class=tokenizer`."
+            )
+        super().__init__(model, *rest, **kwargs)
+
+    def compute_loss(self, model: Any, *rest: Any, **kwargs: Any) -> Any:
+        with _supervised_scored_only(self.args):
+            return super().compute_loss(model, *rest, **kwargs)
+
+
+@contextmanager
+def _supervised_scored_only(args: Any) -> Iterator[None]:
+    """On a CPU, let TRL score the supervised positions only, as it does on a GPU.
+
+    It scores all of them where there is no Triton, to spare compilers a new shape per batch. An uncompiled CPU
+    would spend a third of a LoRA step on positions that count nothing.
+    """
+    chosen = getattr(trl_utils, "_use_triton", None)
+    if chosen is None or args.torch_compile or args.device.type != "cpu":
+        yield
+        return
+    trl_utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = chosen
