@@ -22,8 +22,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+#: Exit code after Ctrl-C.
+STOPPED = 130
+
 #: In the order in which a newcomer needs them; files that are not named here follow.
-_ORDER = ["demo", "run", "plan", "probe", "compare", "report", "methods", "export", "doctor"]
+_ORDER = ["demo", "run", "plan", "probe", "compare", "report", "methods", "synth", "export", "doctor"]
 
 
 @app.callback()
@@ -48,9 +51,10 @@ def main() -> None:
     except RetainError as error:
         print(f"retain: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("retain: stopped. Run the same command again to go on.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == STOPPED:  # Typer's answer to Ctrl-C
+            print("retain: stopped. Run the same command again to go on.", file=sys.stderr)
+        raise
     except OSError as error:
         if error.errno == 28:  # no space left on device
             print(

@@ -176,7 +176,8 @@ def write_rows(
         progress(min(len(new), missing))
     if not rows:
         raise DataError(
-            f"synthesis: no usable row was written. {report.sentence()}. Loosen the filters or use own data."
+            f"synthesis: no usable row was written. {report.sentence()}. Allow longer rows, try another seed, or give "
+            "rows of your own."
         )
     return Dataset.from_list(rows), report
 

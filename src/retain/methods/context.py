@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from retain.errors import ConfigError
 from retain.models import params
+
+if TYPE_CHECKING:
+    from retain.data.synthesis import Report
+
+#: (what identifies a call of the model, the call) → one text per prompt.
+Recall = Callable[[list[Any], Callable[[], list[str]]], list[str]]
 
 _UNSET = object()
 
@@ -133,30 +140,68 @@ def self_written(
     return rows.select(range(min(number, len(rows))))
 
 
-def _write_self(
-    model: Any, tokenizer: Any, path: Path, number: int, seed: int, say: Callable[[str], None], max_tokens: int
-) -> None:
-    from rich.progress import Progress
+def write_own(
+    model: Any,
+    tokenizer: Any,
+    number: int,
+    seed: int,
+    max_tokens: int = 64,
+    temperature: float = 1.0,
+    advance: Callable[[int], None] = lambda kept: None,
+    recall: Recall = lambda asked, ask: ask(),
+) -> tuple[Any, Report]:
+    """Let a model write rows of its old behaviour, its adapters switched off.
 
+    Args:
+        number: rows wanted.
+        max_tokens: of an answer, or of a plain text where there is no chat template.
+        temperature: for instructions; answers are drawn at 0.7 at most.
+        advance: called with the number of rows just kept.
+        recall: given what identifies a call of the model, and the call: an interrupted job can answer the calls
+            it made before from a file and goes on to the same rows.
+
+    Returns:
+        A `datasets.Dataset` in chat form and what became of everything that was written.
+
+    Raises:
+        ConfigError, ModelError, DataError: as `write_rows` and `generate`.
+    """
     from retain.data.synthesis import Filters, write_rows
     from retain.models.generation import generate
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    calls = iter(range(1_000_000))
+    draws = itertools.count(seed * 1000)
 
     def write(prompts: list[str], temperature: float, max_new_tokens: int) -> list[str]:
-        answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, 0.9, seed * 1000 + next(calls))
-        return [a.text + (tokenizer.eos_token or "" if a.finished else "") for a in answers]
+        draw = next(draws)
 
-    with Progress(transient=True) as bar, params.adapters_off(model), params.casts_kept(model):
-        job = bar.add_task("the model writes old rows", total=number)
-        rows, report = write_rows(
+        def ask() -> list[str]:
+            answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, 0.9, draw)
+            return [a.text + (tokenizer.eos_token or "" if a.finished else "") for a in answers]
+
+        return recall([draw, temperature, max_new_tokens, *prompts], ask)
+
+    with params.adapters_off(model), params.casts_kept(model):
+        return write_rows(
             write,
             tokenizer,
             number,
             seed,
             filters=Filters(prompt_tokens=32, response_tokens=max_tokens),
-            progress=lambda kept: bar.update(job, advance=kept),
+            temperature=temperature,
+            progress=advance,
+        )
+
+
+def _write_self(
+    model: Any, tokenizer: Any, path: Path, number: int, seed: int, say: Callable[[str], None], max_tokens: int
+) -> None:
+    from rich.progress import Progress
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Progress(transient=True) as bar:
+        job = bar.add_task("the model writes old rows", total=number)
+        rows, report = write_own(
+            model, tokenizer, number, seed, max_tokens, advance=lambda kept: bar.update(job, advance=kept)
         )
     say(f"replay: the model wrote {len(rows)} rows itself ({report.sentence()}).")
     partial = path.with_name(path.name + ".part")

@@ -70,7 +70,7 @@ class Replay(Method):
             needed = (
                 math.ceil(len(data.new) * c.fraction / (1 - c.fraction)) if hasattr(data.new, "__len__") else c.rows
             )
-            number = c.rows if given is not None else max(16, min(c.rows, 2 * needed))
+            number = c.rows if given is not None else min(c.rows, max(16, 2 * needed))
             parts.append(run.old_rows(run.model, number, given=given, max_tokens=c.max_tokens))
         earlier = self._buffer(run)
         if earlier is not None and len(earlier):

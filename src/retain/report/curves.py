@@ -120,7 +120,8 @@ def kept_curves(results: Results, metrics: Sequence[Mapping[str, Any]]) -> tuple
     """Reference probes over training, as a percentage of the base, and what the steps are.
 
     For a perplexity the number is 2 − after/before, as in `Change.retention`; for a share where lower is better
-    it is that of 1 − score. Looks come from `metrics.jsonl`; without two of them, stages are the looks.
+    it is that of 1 − score. Not capped at 100, so that a curve shows gains too. Looks come from `metrics.jsonl`;
+    without two of them, stages are the looks.
 
     Returns:
         probe → {step: percent}, and "optimizer step" or "stage".

@@ -13,6 +13,7 @@ from typing import Literal
 
 from retain.analysis import MARGIN
 from retain.errors import RunError
+from retain.functional.forgetting import retention
 from retain.results import Change, Estimate, ProbeInfo, Results
 
 Tone = Literal["good", "bad", "unknown"]
@@ -167,10 +168,11 @@ def _gain(info: ProbeInfo, change: Estimate) -> Estimate:
 
 
 def kept(results: Results) -> BigNumber:
-    """Mean score on the reference probes, after as a share of before (1 − score where lower is better).
+    """Mean score on the reference probes, after as a share of before (1 − score where lower is better), 0 to 100 %.
 
-    The interval is that of the paired macro difference divided by the mean before, which is taken as fixed.
-    Perplexities and other plain numbers are left out, as in the macro difference.
+    The interval is that of the paired macro difference divided by the mean before, which is taken as fixed. What
+    is better than before counts as kept whole, in both; `lost` shows by how much. Perplexities and other plain
+    numbers are left out, as in the macro difference, unless there is nothing else.
     """
     references = changes_of(results, "reference")
     shares = [(info, c) for info, c in references if is_share(info)]
@@ -182,13 +184,14 @@ def kept(results: Results) -> BigNumber:
     tone = old_tone(results)
     before = _mean([_good(info, c.before.value) for info, c in shares]) if shares else 0.0
     if before <= 0:
-        return BigNumber("Kept", f"{number(_mean([c.retention for _, c in references]))} %", "", note, tone)
+        mean = _mean([min(100.0, max(0.0, c.retention)) for _, c in references])
+        return BigNumber("Kept", f"{number(mean)} %", "", note, tone)
     after = _mean([_good(info, c.after.value) for info, c in shares])
     interval, macro = "", results.verdict.difference if results.verdict else None
     if macro is not None and abs(after - before - macro.value) < 1e-6 + 1e-3 * before:
-        low, high = (100 * (1 + bound / before) for bound in (macro.low, macro.high))
+        low, high = (retention(before, before + bound) for bound in (macro.low, macro.high))
         interval = f"{100 * results.confidence:g} %: [{number(low)}, {number(high)}]"
-    return BigNumber("Kept", f"{number(100 * after / before)} %", interval, note, tone)
+    return BigNumber("Kept", f"{number(retention(before, after))} %", interval, note, tone)
 
 
 def _good(info: ProbeInfo, share: float) -> float:
