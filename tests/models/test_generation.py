@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.stats import chisquare
 from tiny import tiny_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TemperatureLogitsWarper, TopPLogitsWarper
 
 from retain.errors import ConfigError
-from retain.models.generation import generate, render, stop_tokens
+from retain.models.generation import _Draw, generate, render, stop_tokens
 
 PROMPTS = [
     "The capital of France is",
@@ -108,6 +109,29 @@ def test_cold_sampling_and_a_tiny_nucleus_are_greedy(tokenizer):
     greedy = generate(model, tokenizer, PROMPTS, 12)
     assert generate(model, tokenizer, PROMPTS, 12, temperature=1e-4) == greedy
     assert generate(model, tokenizer, PROMPTS, 12, temperature=1.0, top_p=1e-6) == greedy
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.95)])
+@pytest.mark.parametrize("likely", [3, 512])
+def test_draws_follow_the_hosts_distribution(temperature, top_p, likely, monkeypatch):
+    """Frequencies of 40,000 draws against what transformers' own warpers would sample from, by a χ² test."""
+    monkeypatch.setattr(_Draw, "LIKELY", likely)
+    scores = torch.randn(2, 40, generator=torch.Generator().manual_seed(1)) * 2
+    warped = TemperatureLogitsWarper(temperature)(None, scores)
+    if top_p < 1:
+        warped = TopPLogitsWarper(top_p)(None, warped)
+    expected = warped.softmax(-1)
+    left = _Draw(temperature, top_p, seed=0)(None, scores.repeat_interleave(20_000, dim=0))
+    assert bool(((left > -torch.inf).sum(-1) == 1).all())
+    for row, drawn in zip(expected, left.argmax(-1).split(20_000)):
+        counts = torch.bincount(drawn, minlength=40)
+        assert not counts[row == 0].any()
+        kept = row > 0
+        assert int(kept.sum()) > 3
+        assert (
+            chisquare(counts[kept].numpy(), 20_000 * row[kept].double().div(row[kept].double().sum()).numpy()).pvalue
+            > 1e-3
+        )
 
 
 def test_training_flags_come_back_and_the_cache_is_used(model, tokenizer):
