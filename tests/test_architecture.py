@@ -28,6 +28,7 @@ LAYERS = [
     {"methods", "probes"},
     {"training"},
     {"report"},
+    {"inputs", "outcome"},
     {"pipeline"},
     {"experts", "advice"},
     {"demo"},
@@ -42,6 +43,8 @@ ONLY = {
     "items": {"functional", "results", "errors"},
     "analysis": {"items", "functional", "results", "errors"},
     "report": {"results", "analysis", "functional", "errors", "rundir"},
+    "inputs": {"errors", "config", "results", "data", "models", "probes"},
+    "outcome": {"errors", "config", "results", "analysis", "rundir"},
     "methods": {"errors", "functional", "data", "models"},
     "probes": {"errors", "functional", "results", "data", "models"},
 }

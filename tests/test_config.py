@@ -104,13 +104,13 @@ def test_unknown_method_and_setting_are_named_with_the_nearest():
 
 
 def test_unknown_train_key_is_named_with_the_nearest():
-    from retain.pipeline import check_train
+    from retain.training import arguments
 
     with pytest.raises(ConfigError, match=r"^train: unknown 'learning_rte'\. Did you mean 'learning_rate'\?"):
-        check_train({"learning_rte": 1})
+        arguments.check({"learning_rte": 1})
     with pytest.raises(ConfigError, match=r"^train\.seed: set by the run itself"):
-        check_train({"seed": 1})
-    check_train({"max_steps": 3, "packing": True})
+        arguments.check({"seed": 1})
+    arguments.check({"max_steps": 3, "packing": True})
 
 
 @pytest.mark.parametrize(

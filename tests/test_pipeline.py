@@ -284,6 +284,11 @@ def test_learning_rate_depends_on_what_learns(shop, tmp_path):
         ({"tasks": [{"data": "{shop}/count", "on": "assistant"}]}, RetainError, "generation"),
         ({"old": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
         ({"model": {"name": "starter", "quantize": "4bit"}}, ConfigError, "model.quantize"),
+        (
+            {"model": {"name": "starter", "quantize": "4bit"}, "methods": ["lora", "interpolate"]},
+            ConfigError,
+            "one adapter learns all tasks",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(shop, tmp_path, changes, kind, words):

@@ -6,54 +6,23 @@ ends with the same bits.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import difflib
-import shlex
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retain import analysis
 from retain.config import RunConfig
-from retain.data.chat import template_check, to_chat
-from retain.data.sources import load_rows
-from retain.data.tasks import Task, load_task
-from retain.errors import ConfigError, DataError, RunError
+from retain.data.tasks import Task
+from retain.errors import ConfigError, RunError
+from retain.inputs import Say, load_old, load_probes, load_tasks, space_needed
 from retain.methods import build
 from retain.methods.base import Stack
-from retain.results import (
-    ProbeInfo,
-    Results,
-    StepSummary,
-    load_items,
-    load_results,
-    save_items,
-    save_results,
-    write_text,
-)
+from retain.outcome import outcome
+from retain.results import Results, StepSummary, load_items, load_results, save_items, save_results, write_text
 from retain.rundir import BASE, RunDirectory, stage_name
-
-Say = Callable[[str], None]
-
-#: Where a configuration says nothing. A short warm-up because Adam's first steps have no history.
-TRAIN_DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 8,
-    "num_train_epochs": 1,
-    "max_length": 512,
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.03,
-    "weight_decay": 0.0,
-    "logging_steps": 1,
-    "save_steps": 50,
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-#: Full fine-tuning moves every weight: a tenth of LoRA's rate.
-FULL_LEARNING_RATE = 2e-5
+from retain.training import arguments
 
 
 @dataclass
@@ -78,49 +47,14 @@ def plan(config: RunConfig) -> Plan:
     names = {m.name for m in stack.methods}
     if config.model.quantize != "none" and "lora" not in names:
         raise ConfigError("model.quantize: quantised weights cannot be trained. Add `lora` to the methods.")
-    train = {**TRAIN_DEFAULTS, **({} if "lora" in names else {"learning_rate": FULL_LEARNING_RATE}), **config.train}
-    check_train(train)
-    if not _accelerator():
-        train.setdefault("use_cpu", True)  # bfloat16 on a CPU has to be asked for in this way
-        # TRL's default trades a third more computing for memory, which a small model on a CPU does not lack
-        train.setdefault("gradient_checkpointing", False)
-    if not {"bf16", "fp16"} & train.keys():
-        train["bf16"] = _fast_bf16(bool(train.get("use_cpu")))
+    if config.model.quantize != "none" and "interpolate" in names and len(config.tasks) > 1:
+        raise ConfigError(
+            "model.quantize: on a quantised base one adapter learns all tasks, and `interpolate` needs a fresh one "
+            "for each. Remove `interpolate`, give one task, or set `quantize: none`."
+        )
+    train = arguments.complete(config.train, lora="lora" in names)
     stages = [BASE] + [stage_name(i, name) for i, name in enumerate(config.task_names, 1)]
     return Plan(config, stack, train, stages)
-
-
-def _accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
-
-
-def _fast_bf16(use_cpu: bool) -> bool:
-    import torch
-
-    from retain.models.params import computes_bf16
-
-    return computes_bf16("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
-
-
-def check_train(train: dict[str, Any]) -> None:
-    """Every key must be a field of TRL's SFTConfig, and not one that the run itself owns.
-
-    Raises:
-        ConfigError: an unknown or reserved key.
-    """
-    from trl import SFTConfig
-
-    known = {f.name for f in dataclasses.fields(SFTConfig)}
-    reserved = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "disable_tqdm", "logging_nan_inf_filter"}
-    for key in train:
-        if key in reserved:
-            raise ConfigError(f"train.{key}: set by the run itself (see `seed` and `output`). Remove it.")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"train: unknown '{key}'.{hint} Allowed: any field of trl.SFTConfig.")
 
 
 def run(config: RunConfig, say: Say = print) -> Results:
@@ -156,13 +90,14 @@ class _Runner:
         # everything that can be wrong with the input is found before anything is written
         self.tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
         with self.ranks.main_process_first():  # one process fills the caches
-            self.tasks = self._load_tasks()
-            self.old = self._load_old()
+            self.tasks = load_tasks(config, self.tokenizer, self.plan.train.get("max_length"), self.say)
+            self.old = load_old(config)
+        methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
         self.model: Any = None
         # under torchrun all processes train; the main one alone writes and probes, the others wait for it
         if self.ranks.is_main_process:
-            self._check_space()
-            self.probes, self.infos, questions = self._load_probes()
+            place.require_space(space_needed(config, "lora" in methods))
+            self.probes, self.infos, questions = load_probes(config, self.tasks, self.tokenizer, self.say)
             place.begin(config)
             for name, lines in questions.items():
                 write_text(place.questions(name), lines)
@@ -180,68 +115,10 @@ class _Runner:
         if self.ranks.is_main_process:
             from retain.report.page import write_report
 
-            save_results(self._results(), place.path)
+            save_results(outcome(config, place, self.plan.stages, self.infos, methods), place.path)
             write_report(place.path)
         self.ranks.wait_for_everyone()
         return load_results(place.path)
-
-    # -- input -------------------------------------------------------------------------------------------
-    def _load_tasks(self) -> list[Task]:
-        config, tasks = self.config, []
-        for name, entry in zip(config.task_names, config.tasks):
-            spec = entry.model_dump(exclude_none=True) | {"name": name}
-            task = load_task(
-                spec, seed=config.seed, tokenizer=self.tokenizer, max_length=self.plan.train.get("max_length")
-            )
-            template_check(self.tokenizer, entry.on, chat=task.form != "text")
-            for note in task.notes:
-                self.say(f"{name}: {note}")
-            tasks.append(task)
-        return tasks
-
-    def _load_old(self) -> Any:
-        if self.config.old is None:
-            return None
-        return to_chat(load_rows(self.config.old, "train", seed=self.config.seed), self.config.old)
-
-    def _load_probes(self) -> tuple[list[Any], list[ProbeInfo], dict[str, str]]:
-        """Probes, what they measure, and each task's test rows as the text of a probe file."""
-        import json
-
-        from retain.probes.suite import load_probes, probes_from_rows
-        from retain.probes.tasks import task_items
-
-        settings = self.config.probes
-        probes, infos, questions = [], [], {}
-        for source in settings.reference:
-            for probe in load_probes(source, settings.limit):
-                probes.append(probe)
-                infos.append(probe_info(probe, "reference", None))
-        for entry, task in zip(self.config.tasks, self.tasks):
-            items = task_items(task.test_rows, task.name, self.tokenizer, entry.list_choices)
-            if not items:
-                self.say(f"{task.name}: no test rows that can be scored; what it learns is not measured.")
-                continue
-            questions[task.name] = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-            for probe in probes_from_rows(items, task.name, settings.task_limit):
-                probes.append(probe)
-                infos.append(probe_info(probe, "task", task.name))
-        names = [info.name for info in infos]
-        for name in names:
-            if names.count(name) > 1:
-                raise DataError(f"probes: two probes are called '{name}'. Give the task another `name:`.")
-        return probes, infos, questions
-
-    def _check_space(self) -> None:
-        from retain.models.load import resolve
-
-        folder = Path(resolve(self.config.model.name))
-        if not folder.is_dir():
-            return
-        weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        lora = any(m.name == "lora" for m in self.plan.stack.methods)
-        # full tuning keeps two checkpoints of weights and two Adam moments, the start, and a model per task
-        self.place.require_space(int(weights * (0.5 if lora else 7 + len(self.tasks))))
 
     # -- work --------------------------------------------------------------------------------------------
     def _model_of(self, index: int) -> Any:
@@ -363,50 +240,6 @@ class _Runner:
             self.place.save_task(stage, trainer.model, summary.model_dump())
         self.model = (index, settled(trainer.model))
 
-    # -- numbers -----------------------------------------------------------------------------------------
-    def _results(self) -> Results:
-        config, place = self.config, self.place
-        tables = {stage: load_items(place.items(stage)) for stage in self.plan.stages}
-        confidence = config.probes.confidence
-
-        def score(stage: str, info: ProbeInfo) -> Any:
-            return analysis.score([r for r in tables[stage] if r["probe"] == info.name], info, confidence)
-
-        scores = {stage: {info.name: score(stage, info) for info in self.infos} for stage in self.plan.stages}
-        names = [task.name for task in self.tasks]
-        measured = [n for n in names if any(i.task == n for i in self.infos)]
-        rows = analysis.matrix(scores, self.infos, names) if measured == names else []
-        changes = analysis.changes(tables[BASE], tables[self.plan.stages[-1]], self.infos, confidence)
-        summaries = [place.done(stage) or {} for stage in self.plan.stages[1:]]
-        return Results(
-            name=config.title,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            model=config.model.name,
-            seed=config.seed,
-            confidence=confidence,
-            command=shlex.join(["retain", "run", str(place.config)]),
-            old=self._what_stood_for_old(),
-            methods={m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods},
-            tasks=names,
-            stages=self.plan.stages,
-            probes=self.infos,
-            scores=scores,
-            matrix=rows,
-            sequence=analysis.sequence(rows) if rows else _no_sequence(),
-            changes=changes,
-            verdict=analysis.verdict(
-                changes, self.infos, tables[BASE], tables[self.plan.stages[-1]], confidence=confidence
-            ),
-            training=[StepSummary(**{k: v for k, v in s.items() if k != "kind"}) for s in summaries],
-        )
-
-    def _what_stood_for_old(self) -> str:
-        if self.config.old:
-            return f"rows given by the user: {self.config.old}"
-        if (self.place.path / "buffer" / "self.parquet").is_file():
-            return "text the model wrote itself before training"
-        return "none: no method needed old data"
-
 
 def _ranks(use_cpu: bool) -> Any:
     """The processes of this run: one, or those that torchrun or `accelerate launch` started."""
@@ -414,27 +247,6 @@ def _ranks(use_cpu: bool) -> Any:
 
     # a long time limit, as the others wait while one process probes; torchrun ends them when one fails
     return PartialState(cpu=use_cpu, timeout=datetime.timedelta(hours=12))
-
-
-def probe_info(probe: Any, role: str, task: str | None) -> ProbeInfo:
-    """What a probe measures, for the results."""
-    return ProbeInfo(
-        name=probe.name,
-        kind=probe.kind,
-        group=probe.group,
-        role=role,  # type: ignore[arg-type]
-        task=task,
-        metric=probe.metric,
-        higher_is_better=probe.higher_is_better,
-        chance=probe.chance,
-        items=len(probe.items),
-    )
-
-
-def _no_sequence() -> Any:
-    from retain.results import Sequence
-
-    return Sequence(**dict.fromkeys(f for f in Sequence.model_fields))
 
 
 def load_run(directory: str | Path, stage: str | None = None) -> tuple[Any, Any]:
@@ -454,7 +266,5 @@ def load_run(directory: str | Path, stage: str | None = None) -> tuple[Any, Any]
     for name in stages[1 : upto + 1]:
         if place.done(name) is None:
             raise RunError(f"{directory}: stage '{name}' is not finished. Run the same command again to go on.")
-    model = load_stage(config.model, [place.task(name) for name in stages[1 : upto + 1]])
-    if hasattr(model, "merge_and_unload"):  # a quantised base, on which the adapter stays otherwise
-        model = model.merge_and_unload()
+    model = load_stage(config.model, [place.task(name) for name in stages[1 : upto + 1]], merged=True)
     return model, load_tokenizer(config.model.name, config.model.revision)

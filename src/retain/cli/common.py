@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from typing import Any
@@ -22,6 +23,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line per layer and step
     import datasets
     from transformers.utils import logging as hf_logging
 

@@ -25,9 +25,10 @@ def command(
     from rich.table import Table
 
     from retain import analysis
+    from retain.inputs import probe_info
     from retain.models.load import load_model
     from retain.models.params import computes_bf16
-    from retain.pipeline import load_run, probe_info
+    from retain.pipeline import load_run
     from retain.probes.asking import ask
     from retain.probes.base import Subject
     from retain.probes.suite import load_probes

@@ -33,7 +33,7 @@ Estimator = Literal["sampled", "rank1", "empirical", "exact"]
 ESTIMATORS = ("sampled", "rank1", "empirical", "exact")
 
 #: (scalar, weights, keep the graph) → one gradient per weight, None where the scalar does not depend on it.
-Gradients = Callable[[Tensor, Sequence[Tensor], bool], Sequence[Tensor | None]]
+Gradients = Callable[[Tensor, Sequence[Tensor], bool], Iterable[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,12 @@ class Prediction:
             return tiled_head.sample(self.hidden, self.head, generator)  # type: ignore[arg-type]
         uniform = torch.rand(len(self), generator=generator, dtype=torch.float64, device=generator.device)
         return tiled_head.invert(self.logits.detach(), uniform.to(self.logits.device))
+
+    def sampled(self, generator: torch.Generator) -> Tensor:
+        """Σ log p of the labels that `sample` draws, a scalar."""
+        if self.logits is None:
+            return tiled_head.sampled_log_likelihood(self.hidden, self.head, generator)  # type: ignore[arg-type]
+        return self.log_probs(self.sample(generator)).sum()
 
     def log_probs(self, labels: Tensor) -> Tensor:
         """log p of one label per token, [N]."""
@@ -122,8 +128,8 @@ class Importance:
         """Σ F over all weights."""
         return math.fsum(_number(f.sum(dtype=torch.float64)) for f in (*self.diagonal.values(), *self.rows.values()))
 
-    def _add(self, gradients: Mapping[str, Tensor | None], weight: float = 1.0) -> None:
-        for name, gradient in gradients.items():
+    def _add(self, gradients: Iterable[tuple[str, Tensor | None]], weight: float = 1.0) -> None:
+        for name, gradient in gradients:
             if gradient is None:
                 continue
             if name in self.diagonal:
@@ -191,7 +197,7 @@ def accumulate(
             continue
         result.tokens += len(prediction)
         for scalar, weight in _scalars(prediction, estimator, generator, top_k, result):
-            result._add(dict(zip(params, gradients(scalar, weights, keep_graph))), weight)
+            result._add(zip(params, gradients(scalar, weights, keep_graph)), weight)
         del prediction, scalar  # or the graphs of two batches would be alive at once
     if result.tokens == 0:
         raise DataError("fisher: no supervised token in the data; give rows that have an answer or a text.")
@@ -235,7 +241,7 @@ def _scalars(
 ) -> Iterator[tuple[Tensor, float]]:
     """(log-likelihood to differentiate, weight of its squared gradient) for one batch."""
     if estimator in ("sampled", "rank1"):
-        yield prediction.log_probs(prediction.sample(generator)).sum(), 1.0
+        yield prediction.sampled(generator), 1.0
     elif estimator == "empirical":
         if prediction.labels is None or prediction.sequence is None:
             raise DataError("fisher: 'empirical' needs the true labels and the sequence of every token.")

@@ -30,6 +30,7 @@ from retain.functional.tiled_head import Head
 from retain.methods.base import Method, Strength
 from retain.methods.context import Run
 from retain.models import params
+from retain.models.base_gradients import base_gradients
 from retain.models.pull import Pull, product_keys
 
 
@@ -83,16 +84,8 @@ class EWC(Method):
                 raise ConfigError(
                     f"methods.ewc.estimator: '{self.config.estimator}' has no effect with LoRA; use 'sampled'."
                 )
-            bases = {name: pair.base for name, pair in pairs.items()}
-            if not all(base.is_floating_point() for base in bases.values()):
-                raise ConfigError("methods.ewc: a quantised base has no gradient. Use l2sp, or quantize: none.")
-            for base in bases.values():
-                base.requires_grad_(True)
-            try:
-                estimate = self._accumulate(model, run, rows, bases, "rank1")
-            finally:
-                for base in bases.values():
-                    base.requires_grad_(False)
+            with base_gradients(model) as (bases, gradients):
+                estimate = self._accumulate(model, run, rows, bases, "rank1", gradients)
             for name, pair in pairs.items():
                 sums = (estimate.rows[name], estimate.columns[name])
                 for key, value in zip(product_keys(name), sums[::-1] if pair.transposed else sums):
@@ -100,7 +93,13 @@ class EWC(Method):
         return found
 
     def _accumulate(
-        self, model: Any, run: Run, rows: Any, weights: dict, estimator: fisher.Estimator
+        self,
+        model: Any,
+        run: Run,
+        rows: Any,
+        weights: dict,
+        estimator: fisher.Estimator,
+        gradients: fisher.Gradients = fisher.plain_gradients,
     ) -> fisher.Importance:
         head = Head(*params.head(model), *params.logit_rules(model))
 
@@ -121,6 +120,7 @@ class EWC(Method):
             estimator,
             generator,
             self.config.top_k if estimator == "exact" else None,
+            gradients,
         )
         return fisher.normalise(estimate)
 

@@ -22,6 +22,7 @@ from pydantic import Field
 from retain.errors import ConfigError, unknown
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
+from retain.models import params
 
 TARGETS = {
     "qv": ("q", "v"),
@@ -78,6 +79,14 @@ class LoRA(Method):
                 task_type="CAUSAL_LM",
             ),
         )
+
+    @torch.no_grad()
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        # on a quantised base TRL rounds the factors to bfloat16, in which small steps and pulls vanish
+        for pair in params.lora_pairs(model).values():
+            for factor in (pair.A, pair.B):
+                if factor.dtype == torch.bfloat16:
+                    factor.data = factor.data.float()
 
     def _targets(self, model: torch.nn.Module) -> Any:
         chosen = self.config.targets

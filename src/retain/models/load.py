@@ -42,7 +42,7 @@ def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, 
     Without `tokenizer` none is loaded and None is returned for it.
 
     Raises:
-        ModelError: no such model, no tokenizer, or no quantisation library.
+        ModelError: no such model, no tokenizer, no quantisation library, or an adapter that is to be quantised.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -54,9 +54,14 @@ def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, 
     if adapter.is_file():
         from peft import PeftModel
 
+        if config.quantize != "none":
+            raise ModelError(
+                f"model.name: '{config.name}' is an adapter, which cannot be merged into a quantised base without "
+                "loss. Give a model into which it is merged, or set `quantize: none`."
+            )
         base_name = json.loads(adapter.read_text())["base_model_name_or_path"]
         base, words = load_model(config.model_copy(update={"name": base_name}), tokenizer)
-        return PeftModel.from_pretrained(base, where).merge_and_unload(), words
+        return settled(PeftModel.from_pretrained(base, where, is_trainable=True)), words
     words = load_tokenizer(config.name, config.revision, config.trust_remote_code) if tokenizer else None
     extra: dict[str, Any] = {}
     if config.quantize != "none":
@@ -75,7 +80,30 @@ def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, 
             f"model.name: cannot open '{config.name}' ({_first_line(error)}). "
             f"Give '{STARTER}', a folder with config.json and weights, or a hub id that is reachable."
         ) from error
+    if config.quantize == "4bit":
+        _right_on_cpu(model)
     return model, words
+
+
+def _right_on_cpu(model: Any) -> None:
+    """Keep bitsandbytes from silently wrong numbers with 4-bit weights on a CPU.
+
+    Raises:
+        ModelError: a layer's input is not whole blocks of 64, which its AVX-512 code reads with wrong scales.
+    """
+    import bitsandbytes
+
+    for name, module in model.named_modules():
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
+        if module.weight.device.type == "cpu" and module.in_features % 64:
+            raise ModelError(
+                f"model.quantize: '4bit' on a CPU needs layer inputs in multiples of 64; {name} has "
+                f"{module.in_features}. Set `quantize: 8bit` or `none`, or use a GPU."
+            )
+        # else the first evaluation, on processors with bfloat16, would store the weight anew, rounded once more,
+        # in a form through which no gradient flows, and leave it so for the training
+        module.support_avx512bf16_for_cpu = False
 
 
 def _quantisation(kind: str) -> Any:
@@ -103,19 +131,24 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
-def load_stage(config: ModelConfig, tasks: list[Path]) -> Any:
+def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False) -> Any:
     """The model after a sequence of finished tasks, given their folders (each with `adapter` or `model`).
 
-    Adapters are merged in order, exactly as while training (`settled`).
+    Adapters are merged in order, exactly as while training (`settled`); with `merged` also where the base is
+    quantised, whose weights become ordinary ones of the same values first.
     """
     from peft import PeftModel
 
+    if config.quantize != "none":
+        tasks = tasks[-1:]  # one adapter learned all of them
     full = [i for i, folder in enumerate(tasks) if (folder / "model").is_dir()]
     first = full[-1] if full else -1
     if full:
         model, _ = load_model(config.model_copy(update={"name": str(tasks[first] / "model")}), tokenizer=False)
     else:
         model, _ = load_model(config, tokenizer=False)
+    if merged and getattr(model, "is_quantized", False):
+        model = model.dequantize()
     for folder in tasks[first + 1 :]:
         model = settled(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True))
     return model

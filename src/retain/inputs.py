@@ -1,0 +1,99 @@
+"""What a run reads before it writes anything: tasks, old rows, probes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from retain.config import RunConfig
+from retain.data.chat import template_check, to_chat
+from retain.data.sources import load_rows
+from retain.data.tasks import Task, load_task
+from retain.errors import DataError
+from retain.results import ProbeInfo
+
+Say = Callable[[str], None]
+
+
+def load_tasks(config: RunConfig, tokenizer: Any, max_length: int | None, say: Say) -> list[Task]:
+    """The tasks in order; what there is to know about their rows is said.
+
+    Raises:
+        DataError: data that is not there or cannot be used.
+        ConfigError: a setting, or a chat template, that does not fit the data.
+    """
+    tasks = []
+    for name, entry in zip(config.task_names, config.tasks):
+        spec = entry.model_dump(exclude_none=True) | {"name": name}
+        task = load_task(spec, seed=config.seed, tokenizer=tokenizer, max_length=max_length)
+        template_check(tokenizer, entry.on, chat=task.form != "text")
+        for note in task.notes:
+            say(f"{name}: {note}")
+        tasks.append(task)
+    return tasks
+
+
+def load_old(config: RunConfig) -> Any:
+    """The user's rows that stand for old data, in chat form; None when there are none."""
+    if config.old is None:
+        return None
+    return to_chat(load_rows(config.old, "train", seed=config.seed), config.old)
+
+
+def load_probes(
+    config: RunConfig, tasks: list[Task], tokenizer: Any, say: Say
+) -> tuple[list[Any], list[ProbeInfo], dict[str, str]]:
+    """Probes, what they measure, and each task's test rows as the text of a probe file.
+
+    Raises:
+        DataError: a probe that cannot be read, or two with one name.
+    """
+    from retain.probes import suite
+    from retain.probes.tasks import task_items
+
+    settings = config.probes
+    probes, infos, questions = [], [], {}
+    for source in settings.reference:
+        for probe in suite.load_probes(source, settings.limit):
+            probes.append(probe)
+            infos.append(probe_info(probe, "reference", None))
+    for entry, task in zip(config.tasks, tasks):
+        items = task_items(task.test_rows, task.name, tokenizer, entry.list_choices)
+        if not items:
+            say(f"{task.name}: no test rows that can be scored; what it learns is not measured.")
+            continue
+        questions[task.name] = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        for probe in suite.probes_from_rows(items, task.name, settings.task_limit):
+            probes.append(probe)
+            infos.append(probe_info(probe, "task", task.name))
+    names = [info.name for info in infos]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"probes: two probes are called '{name}'. Give the task another `name:`.")
+    return probes, infos, questions
+
+
+def probe_info(probe: Any, role: str, task: str | None) -> ProbeInfo:
+    """What a probe measures, for the results."""
+    return ProbeInfo(
+        name=probe.name,
+        kind=probe.kind,
+        group=probe.group,
+        role=role,  # type: ignore[arg-type]
+        task=task,
+        metric=probe.metric,
+        higher_is_better=probe.higher_is_better,
+        chance=probe.chance,
+        items=len(probe.items),
+    )
+
+
+def space_needed(config: RunConfig, lora: bool) -> int:
+    """Bytes that the run will write, about; 0 when the weights are not on this disk."""
+    from retain.models.load import resolve
+
+    weights = sum(f.stat().st_size for f in Path(resolve(config.model.name)).glob("*.safetensors"))
+    # full tuning keeps two checkpoints of weights and two Adam moments, the start, and a model per task
+    return int(weights * (0.5 if lora else 7 + len(config.tasks)))

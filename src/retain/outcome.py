@@ -1,0 +1,70 @@
+"""What a run comes to: the numbers of `results.json`, made from its directory."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from typing import Any
+
+from retain import analysis
+from retain.config import RunConfig
+from retain.results import ProbeInfo, Results, Sequence, StepSummary, load_items
+from retain.rundir import BASE, RunDirectory
+
+
+def outcome(
+    config: RunConfig,
+    place: RunDirectory,
+    stages: list[str],
+    probes: list[ProbeInfo],
+    methods: dict[str, dict[str, Any]],
+) -> Results:
+    """The results of a run whose stages are all trained and probed.
+
+    Args:
+        stages: the base first, then one per task.
+        methods: settings of those that were at work, by name.
+
+    Raises:
+        RunError: an item table that is not there or cannot be read.
+    """
+    confidence = config.probes.confidence
+    tables = {stage: load_items(place.items(stage)) for stage in stages}
+
+    def score(stage: str, info: ProbeInfo) -> Any:
+        return analysis.score([r for r in tables[stage] if r["probe"] == info.name], info, confidence)
+
+    scores = {stage: {info.name: score(stage, info) for info in probes} for stage in stages}
+    names = config.task_names
+    measured = [n for n in names if any(i.task == n for i in probes)]
+    rows = analysis.matrix(scores, probes, names) if measured == names else []
+    first, last = tables[BASE], tables[stages[-1]]
+    changes = analysis.changes(first, last, probes, confidence)
+    summaries = [place.done(stage) or {} for stage in stages[1:]]
+    return Results(
+        name=config.title,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=config.model.name,
+        seed=config.seed,
+        confidence=confidence,
+        command=shlex.join(["retain", "run", str(place.config)]),
+        old=_what_stood_for_old(config, place),
+        methods=methods,
+        tasks=names,
+        stages=stages,
+        probes=probes,
+        scores=scores,
+        matrix=rows,
+        sequence=analysis.sequence(rows) if rows else Sequence(**dict.fromkeys(Sequence.model_fields)),
+        changes=changes,
+        verdict=analysis.verdict(changes, probes, first, last, confidence=confidence),
+        training=[StepSummary(**{k: v for k, v in s.items() if k != "kind"}) for s in summaries],
+    )
+
+
+def _what_stood_for_old(config: RunConfig, place: RunDirectory) -> str:
+    if config.old:
+        return f"rows given by the user: {config.old}"
+    if (place.path / "buffer" / "self.parquet").is_file():
+        return "text the model wrote itself before training"
+    return "none: no method needed old data"

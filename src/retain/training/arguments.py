@@ -1,0 +1,66 @@
+"""Settings of the training: what the user gave, checked, over our own defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from retain.errors import ConfigError
+
+#: Where a configuration says nothing. A short warm-up because Adam's first steps have no history.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 1,
+    "max_length": 512,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.03,
+    "weight_decay": 0.0,
+    "logging_steps": 1,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+#: Full fine-tuning moves every weight: a tenth of LoRA's rate.
+FULL_LEARNING_RATE = 2e-5
+
+
+def complete(given: dict[str, Any], lora: bool) -> dict[str, Any]:
+    """Fields of `trl.SFTConfig`: those given, and ours for the rest, which depend on the machine.
+
+    Raises:
+        ConfigError: an unknown or reserved key.
+    """
+    import torch
+
+    from retain.models.params import computes_bf16
+
+    train = {**DEFAULTS, **({} if lora else {"learning_rate": FULL_LEARNING_RATE}), **given}
+    check(train)
+    if not torch.accelerator.is_available():
+        train.setdefault("use_cpu", True)  # bfloat16 on a CPU has to be asked for in this way
+        # TRL's default trades a third more computing for memory, which a small model on a CPU does not lack
+        train.setdefault("gradient_checkpointing", False)
+    if not {"bf16", "fp16"} & train.keys():
+        train["bf16"] = computes_bf16("cuda" if torch.cuda.is_available() and not train.get("use_cpu") else "cpu")
+    return train
+
+
+def check(train: dict[str, Any]) -> None:
+    """Every key must be a field of TRL's SFTConfig, and not one that the run itself owns.
+
+    Raises:
+        ConfigError: an unknown or reserved key.
+    """
+    from trl import SFTConfig
+
+    known = {f.name for f in dataclasses.fields(SFTConfig)}
+    reserved = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "disable_tqdm", "logging_nan_inf_filter"}
+    for key in train:
+        if key in reserved:
+            raise ConfigError(f"train.{key}: set by the run itself (see `seed` and `output`). Remove it.")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"train: unknown '{key}'.{hint} Allowed: any field of trl.SFTConfig.")
