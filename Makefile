@@ -17,6 +17,9 @@ test: $(READY)
 check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+bench: $(READY)
+	$(BIN)/python bench/speed.py --write
+
 docs: $(READY)
 	$(BIN)/python docs/make_methods.py
 

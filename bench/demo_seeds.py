@@ -3,6 +3,7 @@
     python bench/demo_seeds.py                 # seeds 0 1 2 into bench/out/demo; finished seeds are reused
     python bench/demo_seeds.py --seeds 0 1 2 3 4
     python bench/demo_seeds.py --rows 112      # new rows per task; the demo's own number by default
+    python bench/demo_seeds.py --out bench/out/l2 --methods '[{lora: {r: 16}}, {l2sp: {strength: 1}}]'
 
 Losses are on the generated answers of the core suite (facts, sums, instructions), in points, paired over items.
 The last row's intervals are over seeds and items (two-level bootstrap): what to expect of the next run.
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from retain import demo
 from retain.cli.common import quiet_libraries
@@ -44,12 +46,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("bench/out/demo"))
     parser.add_argument("--rows", type=int, default=demo.ROWS)
+    parser.add_argument("--items", type=int, default=demo.ITEMS, help="items per probe")
+    parser.add_argument("--methods", type=yaml.safe_load, help="another recipe, as YAML; give it its own --out")
     given = parser.parse_args()
     quiet_libraries()
     lines, per_seed, learned = [], [], []
     for seed in given.seeds:
         folder, start = given.out / str(seed), time.monotonic()
-        demo.run_demo(folder, seed=seed, rows=given.rows)
+        demo.run_demo(folder, seed=seed, rows=given.rows, items=given.items, methods=given.methods)
         runs = [load_results(folder / name) for name in ("naive", "retained")]
         found, share = demo.compare(folder / "naive", folder / "retained", (runs[0], runs[1]))
         new = [np.mean([r.matrix[j + 1][j] for j in range(len(r.tasks))]) for r in runs]

@@ -58,7 +58,7 @@ def test_python_blocks(page: Path, desk: Path) -> None:
             use_cpu=True,
             bf16=False,
             report_to="none",
-            max_length=64,
+            max_length=192,
             save_strategy="no",
         ),
     }

@@ -217,3 +217,21 @@ def test_errors_and_empty_lists():
         penalties.low_rank_value([LowRank(torch.ones(2, 1), torch.ones(1, 2), rows=torch.ones(2))], 1.0)
     assert penalties.quadratic_value([], [], None, 1.0) == 0
     assert penalties.low_rank_value([], 1.0) == 0
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_pieces_of_a_large_tensor_change_no_bit_of_pull_and_step(weighted, monkeypatch):
+    def run(block):
+        monkeypatch.setattr(penalties, "BLOCK_ELEMENTS", block)
+        params, anchors, importance = lists(dtype=torch.float32)
+        params.append(torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).T)  # cannot be cut without a copy
+        anchors.append(torch.zeros(6, 4))
+        importance = [*importance, torch.ones(6, 4)] if weighted else None
+        pulls = added(params, anchors, importance, 0.3)
+        value = penalties.quadratic_value(params, anchors, importance, 0.3)
+        penalties.proximal(params, anchors, importance, 0.3, 0.1)
+        return [*pulls, *params], value
+
+    (whole, value), (cut, same) = run(2**18), run(5)
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut))
+    torch.testing.assert_close(same, value, rtol=1e-6, atol=0)

@@ -73,6 +73,23 @@ def test_gradcheck_log_probs(form):
     assert torch.autograd.gradcheck(call, (hidden, head.weight, head.bias))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tile", [3, None])
+@pytest.mark.parametrize("bias", [True, False])
+def test_sampled_log_likelihood_equals_its_two_steps(form, tile, bias):
+    hidden, head, _ = make(bias=bias, **form)
+    labels = tiled_head.sample(hidden, head, torch.Generator().manual_seed(5))
+    slow = tiled_head.log_probs(hidden, head, labels)[0].sum()
+    fast = tiled_head.sampled_log_likelihood(hidden, head, torch.Generator().manual_seed(5), tile=tile)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    expected = gradients(-3 * slow, hidden, head)
+    for a, b in zip(gradients(-3 * fast, hidden, head), expected):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    frozen = Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap)
+    alone = tiled_head.sampled_log_likelihood(hidden, frozen, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(torch.autograd.grad(-3 * alone, hidden)[0], expected[0])
+
+
 @pytest.mark.parametrize("direction", tiled_head.DIRECTIONS)
 @pytest.mark.parametrize("exclude", [False, True])
 @pytest.mark.parametrize("form", FORMS[::3])

@@ -157,6 +157,14 @@ def test_the_teacher_does_not_move_while_the_student_trains(tmp_path, model):
     assert (now - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("methods", [[Distill()], [LoRA(), Distill()]], ids=["full", "lora"])
+def test_the_teacher_computes_in_the_precision_of_the_student(methods, tmp_path):
+    made = train(methods, tmp_path, steps=2, bf16=True)
+    first, second = (line["loss/distill"] for line in made.state.log_history if "loss" in line)
+    assert first == 0.0  # nothing has moved yet, so any difference would be one of rounding
+    assert second > 0.0
+
+
 def test_it_holds_the_student_nearer_to_the_start(tmp_path):
     def divergence_after(*methods):
         made = train(methods, tmp_path / str(len(methods)), steps=8)

@@ -25,6 +25,9 @@ Importances = Sequence[Tensor | None] | None
 
 #: Elements handled at once: bounds the temporary copy θ − θ* to 256 MiB in float32.
 GROUP_ELEMENTS = 2**26
+#: The same on a CPU, where larger tensors are taken in pieces: θ − θ* then stays in the cache. A temporary copy of
+#: a whole tensor costs ten times as much, because its memory is mapped anew in every step.
+BLOCK_ELEMENTS = 2**18
 
 
 def quadratic_value(
@@ -41,12 +44,26 @@ def quadratic_value(
     Raises:
         ConfigError: lists of different lengths, or a negative or non-finite strength.
     """
+    rows = _zip("penalty", params, anchors, importance, strength)
+    if rows and not any(t.requires_grad for p, a, f, _ in rows for t in (p, a, f) if t is not None):
+        return _value(rows)
     total = None
-    for p, a, f, s in _zip("penalty", params, anchors, importance, strength):
+    for p, a, f, s in rows:
         squares = (_wide(p) - _wide(a)).square()
         term = 0.5 * s * (squares if f is None else squares * f).sum()
         total = term if total is None else total + term
     return torch.zeros(()) if total is None else total
+
+
+def _value(rows: Sequence[tuple[Tensor, Tensor, Tensor | None, float]]) -> Tensor:
+    """The value without a graph: in pieces, their sums added in float64 (float32 where there is none)."""
+    first = rows[0][0]
+    total = torch.zeros((), device=first.device, dtype=torch.float32 if first.device.type == "mps" else torch.float64)
+    for row in rows:
+        for p, a, f, s in _pieces(row):
+            squares = (_wide(p) - _wide(a)).square_()
+            total += 0.5 * s * (squares if f is None else squares.mul_(f)).sum()
+    return total.to(torch.promote_types(torch.float32, first.dtype))
 
 
 @torch.no_grad()
@@ -246,14 +263,32 @@ def _zip(
 
 
 def _groups(rows: list[tuple]) -> Iterator[list[tuple]]:
-    """Rows in order, cut so that the first tensors of a group have at most `GROUP_ELEMENTS` elements."""
+    """Rows in order, cut so that the first tensors of a group have at most `GROUP_ELEMENTS` elements.
+
+    On a CPU at most `BLOCK_ELEMENTS`; large tensors then come in several groups, as views.
+    """
     group: list[tuple] = []
     size = 0
-    for row in rows:
-        if group and size + row[0].numel() > GROUP_ELEMENTS:
+    for row in (piece for whole in rows for piece in _pieces(whole)):
+        limit = BLOCK_ELEMENTS if row[0].device.type == "cpu" else GROUP_ELEMENTS
+        if group and size + row[0].numel() > limit:
             yield group
             group, size = [], 0
         group.append(row)
         size += row[0].numel()
     if group:
         yield group
+
+
+def _pieces(row: tuple) -> Iterator[tuple]:
+    """A row of tensors of one shape, None and numbers; on a CPU in pieces of `BLOCK_ELEMENTS` that share its memory."""
+    tensors = [entry for entry in row if isinstance(entry, Tensor)]
+    first = tensors[0]
+    fits = first.device.type != "cpu" or first.numel() <= BLOCK_ELEMENTS
+    if fits or not all(t.is_contiguous() and t.shape == first.shape for t in tensors):
+        yield row
+        return
+    flat = [entry.view(-1) if isinstance(entry, Tensor) else entry for entry in row]
+    for start in range(0, first.numel(), BLOCK_ELEMENTS):
+        part = slice(start, start + BLOCK_ELEMENTS)
+        yield tuple(entry[part] if isinstance(entry, Tensor) else entry for entry in flat)

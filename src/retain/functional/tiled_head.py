@@ -151,14 +151,41 @@ def sample(hidden: Tensor, head: Head, generator: torch.Generator | None = None,
     """
     with torch.no_grad():
         hidden, weight, bias = _prepare(hidden, head, "sample")
-        device = hidden.device if generator is None else generator.device
-        uniform = torch.rand(len(hidden), generator=generator, dtype=torch.float64, device=device)
-        uniform = uniform.to(hidden.device)
+        uniform = _uniform(hidden, generator)
         labels = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
         for rows in _tiles(len(hidden), tile or tile_size(weight)):
             logits = _logits(hidden[rows], weight, bias, head.scale, head.softcap)
             labels[rows] = invert(logits, uniform[rows])
         return labels
+
+
+def sampled_log_likelihood(
+    hidden: Tensor, head: Head, generator: torch.Generator | None = None, *, tile: int | None = None
+) -> Tensor:
+    """Σ log p of one label per position drawn from the model, a scalar; the labels are those of `sample`.
+
+    `log_probs(hidden, head, sample(…))[0].sum()` from one product with the head instead of three: the gradient of
+    a sum needs nothing from what comes after it, so it is made while the logits are there.
+
+    Args:
+        hidden: [N, H]; differentiable, and so are the weight and bias of `head`.
+        head: the output head.
+        generator: as in `sample`.
+        tile: tokens per tile; the result does not depend on it.
+
+    Raises:
+        ConfigError: tile is not positive.
+        ModelError: shapes that do not fit together.
+    """
+    _check_positive("sampled_log_likelihood", tile=tile)
+    hidden, weight, bias = _prepare(hidden, head, "sampled_log_likelihood")
+    uniform = _uniform(hidden, generator)
+    return _Sampled.apply(hidden, weight, bias, uniform, head.scale, head.softcap, tile or tile_size(weight))
+
+
+def _uniform(hidden: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = hidden.device if generator is None else generator.device
+    return torch.rand(len(hidden), generator=generator, dtype=torch.float64, device=device).to(hidden.device)
 
 
 def invert(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -304,6 +331,33 @@ class _LogProbs(torch.autograd.Function):
                     slope.scatter_add_(1, ids[rows], chosen_slope[rows])
                 gradients.add(rows, slope.div_(temperature), logits, scale, softcap)
         return (*gradients.result(), None, None, None, None, None)
+
+
+class _Sampled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, uniform, scale, softcap, tile):
+        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        gradients = _Gradients(ctx, hidden, weight, bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _tiles(len(hidden), tile):
+                logits = _logits(hidden[rows], weight, bias, scale, softcap)
+                labels = invert(logits, uniform[rows])[:, None]
+                log_p = torch.log_softmax(logits, dim=-1)
+                total += log_p.gather(1, labels).sum()
+                slope = log_p.exp_().neg_()
+                slope.scatter_add_(1, labels, torch.ones_like(slope[:, :1]))
+                gradients.add(rows, slope, logits, scale, softcap)
+        found = gradients.result()
+        ctx.kept = [gradient is not None for gradient in found]
+        ctx.save_for_backward(*(gradient for gradient in found if gradient is not None))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        saved = iter(ctx.saved_tensors)
+        slopes = (next(saved) if kept else None for kept in ctx.kept)
+        return (*(None if one is None else (upstream * one).to(one.dtype) for one in slopes), None, None, None, None)
 
 
 class _Divergence(torch.autograd.Function):

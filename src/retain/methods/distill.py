@@ -51,6 +51,9 @@ class Distill(Method):
         if self._rows == "replay" and not run.has_replay:
             raise ConfigError("methods.distill.rows: 'replay' without replayed rows. Add `replay`, or use 'all'.")
         self._without_adapters = params.begins_at_base(model, run.start)
+        # a host computes in half precision inside the student's `forward` alone; the teacher must compute alike
+        kind = next(model.parameters()).device.type
+        self._precision = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
         chosen = {
@@ -68,7 +71,7 @@ class Distill(Method):
             return None
         student = batch.hidden[:, :-1][mask]
         model = run.model
-        with torch.no_grad(), params.evaluating(model):
+        with torch.no_grad(), torch.autocast(*self._precision), params.evaluating(model):
             inputs = _select(batch.inputs, chosen)
             if self._without_adapters:
                 with params.adapters_off(model):

@@ -85,6 +85,12 @@ class Replay(Method):
             if run.task_index == 1 and c.source == "none":
                 run.say("replay: nothing to replay during the first task (source: none).")
                 return data
+            found = sum(len(part) for part in parts)
+            if found:
+                raise ConfigError(
+                    f"methods.replay: of {found} replay rows none has an answer within `train.max_length`. "
+                    "Raise it, or give shorter rows."
+                )
             raise ConfigError("methods.replay: the buffer is empty. Set `source: self`, or give `old:` rows.")
         share = schedule(c.schedule, None if c.schedule == "custom" else c.fraction, c.end, c.expression)
         run.say(f"replay: {len(rows)} rows to replay, share {share(0.0):.0%} of {c.by} at the start.")
