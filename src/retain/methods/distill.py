@@ -57,7 +57,7 @@ class Distill(Method):
 
     def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
         chosen = {
-            "all": torch.ones_like(batch.source, dtype=torch.bool),
+            "all": torch.ones_like(batch.labels[:, 0], dtype=torch.bool),
             "new": batch.source == 0,
             "replay": batch.source > 0,
         }[self._rows]
