@@ -31,6 +31,7 @@ LAYERS = [
     {"inputs", "outcome"},
     {"pipeline"},
     {"experts", "advice"},
+    {"comparison"},
     {"demo"},
     {"cli"},
 ]

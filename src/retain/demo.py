@@ -25,7 +25,7 @@ TRAIN: dict[str, Any] = {
     "save_strategy": "no",
     "per_device_train_batch_size": 4,
 }
-ROWS, TEST_ROWS, ITEMS = 96, 40, 24
+ROWS, TEST_ROWS, ITEMS = 128, 40, 32
 
 
 @dataclass
@@ -98,23 +98,11 @@ def answers(folders: dict[str, Path], questions: Sequence[str] = QUESTIONS) -> d
 
 def run_demo(folder: Path, say: Callable[[str], None] = print, **settings: Any) -> Outcome:
     """Run both, reuse the baseline, and write one report that shows them side by side."""
-    import shutil
-
-    from retain.pipeline import run
+    from retain.comparison import run_sets
     from retain.report.page import write_report
-    from retain.rundir import BASE, RunDirectory
 
     both = configs(folder, **settings)
-    results = {}
-    for name, config in both.items():
-        say(f"\n{name}: {', '.join(str(m) for m in config.methods)}")
-        baseline = both["naive"].directory / "probes" / f"{BASE}.parquet"
-        if name == "retained" and baseline.is_file():
-            place = RunDirectory(config.directory)
-            place.begin(config)  # the same base model and items: its answers need not be asked twice
-            place.items(BASE).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(baseline, place.items(BASE))
-        results[name] = run(config, say)
+    results = run_sets(both, say)
     found, share = compare(both["naive"].directory, both["retained"].directory, (results["naive"], results["retained"]))
     report = write_report(both["retained"].directory, [both["naive"].directory])
     return Outcome(results["naive"], results["retained"], found, share, report)

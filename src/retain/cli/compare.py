@@ -1,23 +1,75 @@
-"""`retain compare`: two or more runs on the same base and probes, side by side."""
+"""`retain compare`: sets of methods on the same tasks, or finished runs, side by side: what was learned and kept."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def command(
-    runs: Annotated[list[str], typer.Argument(help="Run directories; the first is the reference, e.g. the naive run.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="A YAML file, with --methods; or directories of finished runs.", metavar="RUNS..."),
+    ],
+    methods: Annotated[
+        list[str], typer.Option("--methods", help="A set to run, NAME=METHODS; METHODS as in the YAML file.")
+    ] = [],  # noqa: B006
+    output: Annotated[
+        str | None, typer.Option("--output", help="Folder of the comparison; runs/<name>-compare by default.")
+    ] = None,
+    set_: Annotated[list[str], typer.Option("--set", "-o", help="Override a setting of the YAML file.")] = [],  # noqa: B006
 ) -> None:
-    """Show what each run learned and kept, on the same items."""
+    """Run sets of methods on the same tasks, or take finished runs, and draw learned against kept.
+
+    The first set, or run, is the reference. Run the same command again to go on after a stop.
+
+        retain compare run.yaml --methods 'naive=\\[lora]' --methods 'replay=\\[lora, replay: {fraction: 0.3}]'
+
+        retain compare runs/one runs/two
+    """
     from pathlib import Path
 
     from retain.cli.common import console
     from retain.errors import ConfigError
-    from retain.report import terminal
-    from retain.results import load_results
 
-    if len(runs) < 2:
-        raise ConfigError(f"compare: {len(runs)} run given. Give at least two run directories.")
-    console().print(terminal.compare(*[load_results(Path(run)) for run in runs]))
+    out = console()
+    if methods or any(Path(run).is_file() for run in runs):
+        if len(runs) > 1:
+            raise ConfigError(f"compare: {', '.join(runs)} given. Give one YAML file with --methods, or directories.")
+        folder, places = _run(runs[0], methods, output, set_, out)
+        if os.environ.get("RANK", "0") != "0":
+            return  # under torchrun every process comes here; one speaks and writes
+    else:
+        if set_:
+            raise ConfigError("--set: finished runs stay as they are. Give a YAML file with --methods.")
+        if len(runs) < 2:
+            raise ConfigError("compare: 1 run given. Give at least two run directories, or a YAML file with --methods.")
+        places = [Path(run) for run in runs]
+        folder = Path(output or os.path.relpath(os.path.dirname(os.path.abspath(runs[0]))))
+    from retain.report import compare, terminal
+
+    found = compare.load(places)
+    out.print(terminal.standings([(s.label, s.results, s.numbers) for s in found]))
+    out.print(compare.explained(found), style="dim", highlight=False, markup=False)
+    out.print(f"Picture and table: {compare.write(found, folder)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _run(path: str, methods: list[str], output: str | None, overrides: list[str], out: Any) -> tuple[Path, list[Path]]:
+    """Carry out one run per set; the folder of the comparison and the directories in it."""
+    from pathlib import Path
+
+    from retain.cli.common import quiet_libraries
+    from retain.comparison import method_sets, run_sets
+    from retain.config import read
+
+    config = read(path, overrides)
+    folder = Path(output) if output else Path(f"{config.directory}-compare")
+    quiet_libraries()
+    sets = method_sets(config, methods, folder)
+    run_sets(sets, lambda line: out.print(line, style="dim", highlight=False, markup=False))
+    return folder, [own.directory for own in sets.values()]

@@ -17,15 +17,15 @@ def command(
         list[str], typer.Option("--set", "-o", help="Override a setting: train.max_steps=20, methods.0.lora.r=8 …")
     ] = [],  # noqa: B006
 ) -> None:
-    """Learn tasks in order; probe before and after each; write a report.
+    r"""Learn tasks in order; probe before and after each; write a report.
 
     Run the same command again to go on after a stop, or with more tasks at the end of the list.
 
     [dim]A configuration:[/dim]
 
         model: starter
-        tasks: [data/medical.jsonl]
-        methods: [lora: {r: 16}, replay: {fraction: 0.3}, distill]
+        tasks: \[data/medical.jsonl]
+        methods: \[lora: {r: 16}, replay: {fraction: 0.3}, distill]
     """
     from retain.cli.common import console, quiet_libraries
     from retain.cli.plan import configuration

@@ -1,4 +1,4 @@
-"""Show a finished run: `report.html`, `report.md` and tables for the terminal.
+"""Show a finished run: `report.html`, `report.md` and tables for the terminal; or several, side by side.
 
 Reads the files of a run directory and nothing else: no model, no network, no torch.
 
@@ -6,6 +6,8 @@ Reads the files of a run directory and nothing else: no model, no network, no to
     figures.py   task matrix, before and after     curves.py    training and forgetting
     canvas.py    colours and SVG of every chart    terminal.py  Rich tables
     wording.py   numbers and verdicts in words     flips.py     items whose answer changed
+    compare.py   runs against the first of them    front.py     learned against kept
+    labels.py    names of points that cover nothing
 """
 
 from __future__ import annotations

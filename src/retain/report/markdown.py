@@ -49,8 +49,7 @@ def compare_rows(runs: Sequence[tuple[str, Results]]) -> list[list[str]]:
     """One row per run: label, learned, kept, lost (each with its interval), verdict."""
     rows = []
     for label, results in runs:
-        numbers = (wording.learned(results), wording.kept(results), wording.lost(results))
-        words = [f"{n.value} ({n.interval})" if n.interval else n.value for n in numbers]
+        words = [f"{n.value} ({n.interval})" if n.interval else n.value for n in wording.three(results)]
         rows.append([label, *words, wording.headline(results)[0]])
     return rows
 
@@ -68,8 +67,8 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
         f"# {cell(results.name)}",
         f"**{wording.headline(results)[0]}.** {cell(wording.sentence(results), 2000)}",
     ]
-    numbers = (wording.learned(results), wording.kept(results), wording.lost(results))
-    parts.append(table(["", "value", "interval", ""], [[n.label, n.value, n.interval, n.note] for n in numbers]))
+    numbers = [[n.label, n.value, n.interval, n.note] for n in wording.three(results)]
+    parts.append(table(["", "value", "interval", ""], numbers))
     if results.verdict and results.verdict.lost_over_threshold:
         parts.append("Lost a large part of: " + ", ".join(map(cell, results.verdict.lost_over_threshold)) + ".")
     if compare:

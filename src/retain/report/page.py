@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 
 from retain.errors import RunError
 from retain.report import figures, markdown, wording
@@ -34,20 +34,24 @@ def write_report(directory: Path, compare: Sequence[Path] = ()) -> Path:
     """
     directory = Path(directory)
     results = load_results(directory)
-    others = _others(directory, results, compare)
+    beside = others(directory, results, compare)
     metrics = load_metrics(directory)
-    pictures = figures.draw(results, metrics, [(label, r, load_metrics(place)) for label, place, r in others])
+    pictures = figures.draw(results, metrics, [(label, r, load_metrics(place)) for label, place, r in beside])
     for picture in pictures:
         write_text(directory / "figures" / f"{picture.name}.svg", picture.svg.replace(INK, "#767676"))
-    flips = flip.collect(directory, results, others)
-    named = [(label, theirs) for label, _, theirs in others]
+    flips = flip.collect(directory, results, beside)
+    named = [(label, theirs) for label, _, theirs in beside]
     markdown.write(directory, markdown.render(results, flips, named))
     write_text(directory / "report.html", render(directory, results, pictures, flips, named))
     return directory / "report.html"
 
 
-def _others(directory: Path, results: Results, compare: Sequence[Path]) -> list[tuple[str, Path, Results]]:
-    """Label, directory and results of the runs to compare; labels are unique."""
+def others(directory: Path, results: Results, compare: Sequence[Path]) -> list[tuple[str, Path, Results]]:
+    """Label, directory and results of the runs to compare with this one; labels are unique.
+
+    Raises:
+        RunError: one is the run itself, has no results, or starts from another model or asks other probes.
+    """
     found: list[tuple[str, Path, Results]] = []
     taken = {results.name}
     for place in map(Path, compare):
@@ -71,34 +75,39 @@ def render(
     compare: Sequence[tuple[str, Results]] = (),
 ) -> str:
     """The text of `report.html`; every value is escaped by the template engine."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
     words, tone = wording.headline(results)
     runs = [(results.name, results), *compare]
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         results=results,
         headline=words,
         tone=tone,
         sentence=wording.sentence(results),
-        numbers=[wording.learned(results), wording.kept(results), wording.lost(results)] if results.changes else [],
+        numbers=wording.three(results) if results.changes else [],
         percent=f"{100 * results.confidence:g} %",
         sections=[_section(results, role) for role in ROLES if wording.changes_of(results, role)],
         once=_once(results),
-        side_by_side=_side_by_side(runs) if compare else None,
+        side_by_side=side_by_side(runs) if compare else None,
         sequence=_sequence(results),
         pictures={picture.name: picture for picture in pictures},
         flips=flips,
         outcomes=flip.OUTCOMES,
         flip_data={"items": flips.items, "outcomes": list(flip.OUTCOMES), "others": flips.others},
-        methods=[(name, _pairs(settings)) for name, settings in results.methods.items()],
+        methods=[(name, pairs(settings)) for name, settings in results.methods.items()],
         training=[(s, wording.duration(s.seconds), markdown.trainable(s), markdown.loss(s)) for s in results.training],
         environment=_environment(directory),
         config=_read(directory / "run.yaml"),
         model_words=_files_word(directory),
         zip=zip,
     )
+
+
+def template(name: str) -> Template:
+    """A template of this folder; every value that it shows is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
+    return environment.get_template(name)
 
 
 def _tick(info: ProbeInfo, change: Change, scale: float) -> dict[str, float]:
@@ -178,13 +187,12 @@ def _once(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _side_by_side(runs: Sequence[tuple[str, Results]]) -> dict[str, Any]:
+def side_by_side(runs: Sequence[tuple[str, Results]]) -> dict[str, Any]:
     """The three numbers of every run, and the change of every probe that they share."""
     heads = []
     for label, results in runs:
         words, tone = wording.headline(results)
-        numbers = [wording.learned(results), wording.kept(results), wording.lost(results)]
-        heads.append({"label": label, "headline": words, "tone": tone, "numbers": numbers})
+        heads.append({"label": label, "headline": words, "tone": tone, "numbers": wording.three(results)})
     found = [{change.probe: change for change in results.changes} for _, results in runs]
     rows = []
     for info in runs[0][1].probes:
@@ -212,7 +220,7 @@ def _sequence(results: Results) -> list[tuple[str, str, str]]:
     ]
 
 
-def _pairs(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
+def pairs(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as dotted names with their values."""
     if not isinstance(settings, dict):
         return [
@@ -224,14 +232,14 @@ def _pairs(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
     rows = []
     for key, value in settings.items():
         name = f"{prefix}.{key}" if prefix else str(key)
-        rows += _pairs(value, name) if isinstance(value, dict) and value else [(name, str(value))]
+        rows += pairs(value, name) if isinstance(value, dict) and value else [(name, str(value))]
     return rows
 
 
 def _environment(directory: Path) -> list[tuple[str, str]]:
     text = _read(directory / "env.json")
     try:
-        return _pairs(json.loads(text)) if text else []
+        return pairs(json.loads(text)) if text else []
     except json.JSONDecodeError as error:
         raise RunError(f"{directory / 'env.json'}: not JSON ({error}). Delete it or run again.") from error
 

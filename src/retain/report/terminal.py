@@ -28,7 +28,7 @@ def summary(results: Results) -> RenderableType:
     text.append(wording.sentence(results), style="not bold default")
     parts: list[RenderableType] = [Panel(text, title=_plain(results.name, 60), border_style=STYLES[tone])]
     numbers = Table.grid(padding=(0, 2))
-    for big in (wording.learned(results), wording.kept(results), wording.lost(results)):
+    for big in wording.three(results):
         value = Text(big.value, style=f"bold {STYLES[big.tone]}")
         numbers.add_row(Text(big.label, style="bold"), value, Text(big.interval), Text(big.note, style="dim"))
     if results.changes:
@@ -89,6 +89,23 @@ def compare(results_a: Results, results_b: Results, *more: Results) -> Table:
         table.add_row(Text(numbers[0].label), *cells)
     verdicts = [wording.headline(results) for results in runs]
     table.add_row(Text("Verdict"), *(Text(words, style=STYLES[tone]) for words, tone in verdicts))
+    return table
+
+
+def standings(runs: Sequence[tuple[str, Results, Sequence[wording.BigNumber]]]) -> Table:
+    """Runs one under the other: label with verdict, then their numbers with intervals.
+
+    Args:
+        runs: label, results, and numbers of the same kinds for all.
+    """
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 1, 0))
+    table.add_column("run", overflow="fold", ratio=1)
+    for big in runs[0][2]:
+        table.add_column(_plain(big.label.lower(), 40), overflow="fold")
+    for label, results, numbers in runs:
+        words, tone = wording.headline(results)
+        cells = [Text.assemble((big.value, f"bold {STYLES[big.tone]}"), f"\n{big.interval}") for big in numbers]
+        table.add_row(Text.assemble((_plain(label, 40).plain, "bold"), ("\n" + words, STYLES[tone])), *cells)
     return table
 
 

@@ -168,30 +168,40 @@ def _gain(info: ProbeInfo, change: Estimate) -> Estimate:
 
 
 def kept(results: Results) -> BigNumber:
-    """Mean score on the reference probes, after as a share of before (1 − score where lower is better), 0 to 100 %.
+    """`kept_share` in words, and how many reference probes say what."""
+    references = changes_of(results, "reference")
+    share = kept_share(results)
+    if share is None:
+        return BigNumber("Kept", "–", "", "no reference probes before and after", "unknown")
+    found = [change.conclusion for _, change in references]
+    tally = "; ".join(f"{found.count(word)} {word}" for word in CONCLUSION_TONE if word in found)
+    note = f"{plural(len(references), 'reference probe')}: {tally}"
+    ends = f"{100 * results.confidence:g} %: [{number(share.low)}, {number(share.high)}]"
+    interval = ends if math.isfinite(share.low) else ""
+    return BigNumber("Kept", f"{number(share.value)} %", interval, note, old_tone(results))
+
+
+def kept_share(results: Results) -> Estimate | None:
+    """Mean score on the reference probes, after as a percentage of before (1 − score where lower is better), 0 to 100.
 
     The interval is that of the paired macro difference divided by the mean before, which is taken as fixed. What
     is better than before counts as kept whole, in both; `lost` shows by how much. Perplexities and other plain
-    numbers are left out, as in the macro difference, unless there is nothing else.
+    numbers are left out unless there is nothing else; then the interval is nan. None without reference probes.
     """
     references = changes_of(results, "reference")
-    shares = [(info, c) for info, c in references if is_share(info)]
     if not references:
-        return BigNumber("Kept", "–", "", "no reference probes before and after", "unknown")
-    counts = {word: sum(c.conclusion == word for _, c in references) for word in CONCLUSION_TONE}
-    note = "; ".join(f"{count} {word}" for word, count in counts.items() if count)
-    note = f"{plural(len(references), 'reference probe')}: {note}"
-    tone = old_tone(results)
+        return None
+    shares = [(info, c) for info, c in references if is_share(info)]
     before = _mean([_good(info, c.before.value) for info, c in shares]) if shares else 0.0
     if before <= 0:
         mean = _mean([min(100.0, max(0.0, c.retention)) for _, c in references])
-        return BigNumber("Kept", f"{number(mean)} %", "", note, tone)
+        return Estimate(value=mean, low=math.nan, high=math.nan)
     after = _mean([_good(info, c.after.value) for info, c in shares])
-    interval, macro = "", results.verdict.difference if results.verdict else None
+    low = high = math.nan
+    macro = results.verdict.difference if results.verdict else None
     if macro is not None and abs(after - before - macro.value) < 1e-6 + 1e-3 * before:
         low, high = (retention(before, before + bound) for bound in (macro.low, macro.high))
-        interval = f"{100 * results.confidence:g} %: [{number(low)}, {number(high)}]"
-    return BigNumber("Kept", f"{number(retention(before, after))} %", interval, note, tone)
+    return Estimate(value=retention(before, after), low=low, high=high)
 
 
 def _good(info: ProbeInfo, share: float) -> float:
@@ -211,6 +221,11 @@ def lost(results: Results) -> BigNumber:
     interval = f"{100 * results.confidence:g} %: [{number(-100 * macro.high)}, {number(-100 * macro.low)}]"
     tone: Tone = "bad" if macro.high < 0 else "good" if macro.low >= -MARGIN else "unknown"
     return BigNumber("Lost", value, interval, note, tone)
+
+
+def three(results: Results) -> list[BigNumber]:
+    """The numbers on top of every report: learned, kept, lost."""
+    return [learned(results), kept(results), lost(results)]
 
 
 def old_tone(results: Results) -> Tone:

@@ -1,0 +1,175 @@
+"""`retain compare` on a tiny model: a run per set of methods, one baseline for all, one line per mistake."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from run_kit import settings, workshop, write_config
+
+from retain.cli import main
+from retain.config import parse
+from retain.pipeline import run
+from retain.results import load_items, load_metrics, load_results
+from retain.rundir import RunDirectory
+
+NAIVE, REPLAY = "naive=[lora: {r: 4}]", "replay=[lora: {r: 4}, replay: {fraction: 0.25}]"
+FILES = ("compare.html", "compare.md", "compare.svg")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workshop(tmp_path_factory.mktemp("shop"))
+
+
+def short(shop: Path, output: Path, **changes: object) -> dict:
+    """Settings of a run of one task and a few steps."""
+    values = settings(shop, output, tasks=[str(shop / "count")], **changes)
+    return values | {"train": values["train"] | {"max_steps": 3}}
+
+
+def retain(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["retain", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code in (0, None)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line that a command with bad input says."""
+    monkeypatch.setattr(sys, "argv", ["retain", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("retain: ")
+    return line
+
+
+def numbers(place: Path) -> dict:
+    """All of a run's results apart from when and by which words it was made."""
+    drop = {"created", "command", "name", "training"}
+    return load_results(place).model_dump(exclude=drop)
+
+
+@pytest.fixture(scope="module")
+def compared(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(YAML file, folder of the comparison) of two sets that were carried out."""
+    folder = tmp_path_factory.mktemp("runs") / "both"
+    config = write_config(folder.parent / "run.yaml", short(shop, folder.parent / "alone"))
+    with pytest.MonkeyPatch.context() as patch:
+        retain(patch, "compare", config, "--methods", NAIVE, "--methods", REPLAY, "--output", folder)
+    return config, folder
+
+
+def test_each_set_is_a_run_and_the_base_is_asked_once(compared: tuple[Path, Path], shop: Path, tmp_path: Path) -> None:
+    _, folder = compared
+    for name in FILES:
+        assert (folder / name).stat().st_size > 0
+    naive, replay = folder / "naive", folder / "replay"
+    assert [list(load_results(place).methods) for place in (naive, replay)] == [["lora"], ["lora", "replay"]]
+    looked = [{look["stage"] for look in load_metrics(place) if look["kind"] == "look"} for place in (naive, replay)]
+    assert looked == [{"00-base", "01-count"}, {"01-count"}]
+    assert load_items(RunDirectory(naive).items("00-base")) == load_items(RunDirectory(replay).items("00-base"))
+    alone = short(shop, tmp_path / "alone", methods=[{"lora": {"r": 4}}, {"replay": {"fraction": 0.25}}])
+    run(parse(alone), lambda line: None)
+    assert numbers(replay) == numbers(tmp_path / "alone")
+
+
+def test_the_table_and_the_page_name_both(compared: tuple[Path, Path], monkeypatch, capsys) -> None:
+    _, folder = compared
+    for name in FILES:
+        (folder / name).unlink()
+    monkeypatch.chdir(folder)
+    retain(monkeypatch, "compare", "naive", "replay")  # as directories: written beside the first run
+    shown = capsys.readouterr().out
+    assert "lost vs naive" in shown
+    assert "reference" in shown
+    assert "Picture and table: compare.html" in shown
+    for name in FILES:
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "naive" in text
+        assert "replay" in text
+
+
+def test_done_again_nothing_is_trained_or_asked(compared: tuple[Path, Path], monkeypatch) -> None:
+    config, folder = compared
+    kept = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".parquet", ".jsonl")]
+    before = {path: path.stat().st_mtime_ns for path in kept if "/probes/count" not in path.as_posix()}
+    assert len(before) > 6
+    retain(monkeypatch, "compare", config, "--methods", NAIVE, "--methods", REPLAY, "--output", folder)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_stopped_and_started_again(compared: tuple[Path, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    """Stopped at the end of the second training: the first run stays, the second ends as if nothing had happened."""
+    config, folder = compared
+    words = ["compare", config, "--methods", NAIVE, "--methods", REPLAY, "--output", tmp_path / "both"]
+    save = RunDirectory.save_task
+
+    def stop(self, *rest):
+        if self.path.name == "replay":
+            raise KeyboardInterrupt
+        return save(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save_task", stop)
+        patch.setattr(sys, "argv", ["retain", *map(str, words)])
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            main()
+    assert not (tmp_path / "both" / "compare.html").exists()
+    done = tmp_path / "both" / "naive" / "tasks" / "01-count" / "done.json"
+    stamp = done.stat().st_mtime_ns
+    retain(monkeypatch, *words)
+    assert done.stat().st_mtime_ns == stamp
+    for name in ("naive", "replay"):
+        assert numbers(tmp_path / "both" / name) == numbers(folder / name)
+    assert (tmp_path / "both" / "compare.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ([], "0 of --methods given. Give at least two sets: --methods 'naive=[lora]'"),
+        ([NAIVE], "1 of --methods given"),
+        ([NAIVE, "[lora]"], "'[lora]' given. Expected NAME=METHODS"),
+        ([NAIVE, "a/b=[lora]"], "'a/b=[lora]' given. Expected NAME=METHODS"),
+        ([NAIVE, "Naive=[none]"], "--methods Naive: two sets have this name"),
+        ([NAIVE, "bad=[lora"], "--methods bad: '[lora' is not YAML"),
+        ([NAIVE, "bad="], "--methods bad: methods"),
+        ([NAIVE, "bad=[lorra]"], "--methods bad: methods: unknown 'lorra'. Did you mean 'lora'?"),
+        ([NAIVE, "bad=[lora: {rank: 4}]"], "--methods bad: "),
+        ([NAIVE, "bad=[ewc, l2sp]"], "--methods bad: "),
+    ],
+)
+def test_bad_sets(shop, tmp_path, monkeypatch, capsys, methods, said) -> None:
+    config = write_config(tmp_path / "run.yaml", short(shop, tmp_path / "runs" / "alone"))
+    words = [word for entry in methods for word in ("--methods", entry)]
+    assert said in refused(monkeypatch, capsys, "compare", config, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_words(compared: tuple[Path, Path], tmp_path, monkeypatch, capsys) -> None:
+    config, folder = compared
+    sets = ["--methods", NAIVE, "--methods", REPLAY]
+    assert "Give one YAML file" in refused(monkeypatch, capsys, "compare", config, folder / "naive", *sets)
+    assert "no such file" in refused(monkeypatch, capsys, "compare", tmp_path / "no.yaml", *sets)
+    places = [folder / "naive", folder / "replay"]
+    assert "--set" in refused(monkeypatch, capsys, "compare", *places, "-o", "seed=1")
+    other = ["--methods", "naive=[none]", "--methods", REPLAY, "--output", folder]
+    assert "run with other `methods`" in refused(monkeypatch, capsys, "compare", config, *other)
+
+
+def test_directories_of_different_tasks(compared: tuple[Path, Path], shop, tmp_path, monkeypatch, capsys) -> None:
+    _, folder = compared
+    values = short(shop, tmp_path / "which", methods=["none"]) | {"tasks": [str(shop / "which")]}
+    run(parse(values), lambda line: None)
+    line = refused(monkeypatch, capsys, "compare", folder / "naive", tmp_path / "which")
+    assert "'which' learned which; 'naive' count" in line
+
+
+def test_help_shows_the_form_as_it_is_typed(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    retain(monkeypatch, "compare", "--help")
+    assert "--methods 'naive=[lora]' --methods 'replay=[lora, replay: {fraction: 0.3}]'" in capsys.readouterr().out
