@@ -28,6 +28,8 @@ FAMILIES = {
     "baseline": "Baseline",
     "weights": "Weights: stay near where they were",
     "functions": "Functions: answers stay what they were",
+    "tokens": "Tokens: what is learned from weighs less where it would overwrite",
+    "gradients": "Gradients: steps that leave old directions alone",
     "replay": "Replay: old rows again",
     "isolation": "Isolation: parts of the model do not move",
     "merging": "Merging: after training",
