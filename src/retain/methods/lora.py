@@ -22,6 +22,7 @@ from pydantic import Field
 from retain.errors import ConfigError, unknown
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
+from retain.models import params
 
 TARGETS = {
     "qv": ("q", "v"),
@@ -106,3 +107,22 @@ def _linear(model: torch.nn.Module) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     return {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+
+
+def with_adapter(model: Any, run: Run) -> Any:
+    """The model with a fresh adapter: the one that it got for this task, otherwise one with default settings.
+
+    For methods that act on LoRA factors, so that they also work where `lora` is not listed.
+    """
+    pairs = params.lora_pairs(model).values()
+    fresh = bool(pairs) and not any(bool(pair.B.any()) for pair in pairs)
+    return model if fresh else LoRA().prepare_model(model, run)
+
+
+def check_merged(name: str, model: Any) -> None:
+    """Refuse a base on which adapters are not merged after a task, for methods that need a fresh one per task."""
+    if getattr(params.causal(model), "is_quantized", False):
+        raise ConfigError(
+            f"methods.{name}: needs an adapter of its own for each task, merged afterwards, which a quantised base "
+            "cannot take. Set `quantize: none`."
+        )
