@@ -2,8 +2,8 @@
 
     Ω_i = (1/N) Σ_n |∂ ‖f(x_n)‖² / ∂θ_i|        over N samples
 
-(Aljundi et al. 2018, arXiv:1711.09601, eq. 2 and 3, with the squared norm of § 4.1.) The absolute value is taken per
-sample: that of a batch would let samples cancel. No label is read. Nothing here touches `.grad`.
+(Aljundi et al. 2018, arXiv:1711.09601.) The absolute value is taken per sample: in that of a batch samples cancel. No
+label is read. Nothing here touches `.grad`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     L = L_new + (strength / 2) Σ_i Ω_i (θ_i − θ*_i)²,        Ω_i = E_x |∂ ‖f(x)‖² / ∂θ_i|
 
-(Memory Aware Synapses, Aljundi et al. 2018, arXiv:1711.09601, eq. 3 and 4.) θ* = weights at the start of the task,
+(Memory Aware Synapses, Aljundi et al. 2018, arXiv:1711.09601.) θ* = weights at the start of the task,
 x = a row that stands for old data, f(x) = the logits at all its supervised positions, each position centred, as a
 constant added to all logits changes no prediction. One gradient per row: those of different rows would cancel.
 No label is used, only inputs. With LoRA the pull is on the product ΔW = s·BA with the rank-1 importance r cᵀ / Σr,
@@ -36,11 +36,11 @@ class MAS(Method):
     """Memory Aware Synapses."""
 
     family = "weights"
-    paper = "arXiv:1711.09601, eq. 3 and 4"
+    paper = "arXiv:1711.09601"
     edits_gradients = True
 
     class Config(Strength):
-        strength: float = 1.0
+        strength: float = Field(1.0, ge=0)
         """Weight of the pull; 0 is off."""
         samples: int = Field(256, ge=1)
         """Rows that the importance is estimated on, at most; each costs a backward pass."""

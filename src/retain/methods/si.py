@@ -41,7 +41,7 @@ class SI(Method):
     _drops: params.Tensors  # ω by parameter name, and by row and column of adapted layers
 
     class Config(Strength):
-        strength: float = 1.0
+        strength: float = Field(1.0, ge=0)
         """Weight of the pull; 0 is off."""
         prior: float = Field(1.0, ge=0)
         """Importance of every weight before the first task; the mean of a task's is 1. 0 only records at first."""
