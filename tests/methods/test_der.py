@@ -11,7 +11,7 @@ from training_kit import Killed, StopAt, rows, train, trainer
 from retain.data.outputs import StoredOutputs
 from retain.errors import ConfigError
 from retain.methods.context import Run, StepBatch
-from retain.methods.der import DER
+from retain.methods.der import DER, _key
 from retain.methods.lora import LoRA
 from retain.methods.replay import Replay
 from retain.models import params
@@ -164,6 +164,20 @@ def test_neither_accumulation_nor_a_resume_changes_what_is_stored(tmp_path):
         assert a.input_ids.tolist() == b.input_ids.tolist() == c.input_ids.tolist()
         assert np.abs(np.sort(a.log_probs) - np.sort(b.log_probs)).max() < 0.02
         assert np.array_equal(a.log_probs, c.log_probs)
+
+
+def test_the_keys_that_choose_rows_are_even(tmp_path):
+    """Kolmogorov and Smirnov: keys of 4000 rows and steps against the uniform distribution; none comes twice."""
+    run = Run(tmp_path)
+    keys = []
+    for run.step in range(40):
+        keys += [_key(np.array([number, 7, 9], np.int32), run) for number in range(100)]
+    ordered, expected = np.sort(keys), np.arange(1, 4001) / 4000
+    assert len(set(keys)) == 4000
+    assert np.abs(ordered - expected).max() < 1.95 / np.sqrt(4000), "0.1 %"
+    other = Run(tmp_path, seed=1)
+    other.step = run.step
+    assert _key(np.array([3, 7, 9], np.int32), run) != _key(np.array([3, 7, 9], np.int32), other)
 
 
 def test_the_next_task_replays_what_was_stored(tmp_path):

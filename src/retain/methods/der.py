@@ -18,6 +18,7 @@ Tune: `strength` 0.1–0.5, `labels` 0.5–1.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,6 @@ class DER(Method):
         first = len(run.step_batches) == 1
         if first:
             self._offered.clear()
-            process = PartialState().process_index
-            self._keys = np.random.default_rng([run.seed, run.task_index, run.step, 0, process])
         loss = self._replayed(run) if first and len(self._kept) else None
         if self.config.buffer:
             self._take(batch, run)
@@ -140,12 +139,13 @@ class DER(Method):
             )
         real = mask.bool()
         learned = batch.supervised & real[:, :-1]
+        ids, labels, there = (t.cpu() for t in (batch.inputs["input_ids"], batch.labels, real))
         for row in (batch.source == 0).nonzero()[:, 0].tolist():
-            key = float(self._keys.random())
+            words = ids[row][there[row]].numpy().astype(np.int32)
+            key = _key(words, run)
             if self._kept.keeps(key) and bool(learned[row].any()):
-                ids, labels = (t[row][real[row]].cpu() for t in (batch.inputs["input_ids"], batch.labels))
                 hidden = batch.hidden[row, :-1][learned[row]].detach()
-                self._offered.append(self._stored(key, run.task_index, ids, labels, hidden, run))
+                self._offered.append(self._stored(key, run.task_index, words, labels[row][there[row]], hidden, run))
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
         self._kept.offer(gather_object(self._offered))
@@ -160,6 +160,12 @@ class DER(Method):
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self._kept = StoredOutputs.from_tensors(state, self.config.buffer)
+
+
+def _key(ids: np.ndarray, run: Run) -> float:
+    """A number in [0, 1) from the row and the step that saw it: the same however the step is split, on any process."""
+    place = np.array([run.seed, run.task_index, run.step], np.int64)
+    return int.from_bytes(hashlib.blake2b(place.tobytes() + ids.tobytes(), digest_size=8).digest(), "big") / 2**64
 
 
 def _batch(rows: list[Stored], run: Run) -> tuple[dict[str, Any], torch.Tensor]:
