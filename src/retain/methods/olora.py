@@ -27,7 +27,7 @@ from retain.errors import ConfigError
 from retain.functional.overlap import Form, chance_scale, overlap, overlap_gradient
 from retain.methods.base import Method, Strength
 from retain.methods.context import Run
-from retain.methods.lora import check_merged, with_adapter
+from retain.methods.lora import check_factors, check_merged, with_adapter
 from retain.models import adapters, params
 
 
@@ -53,6 +53,7 @@ class OLoRA(Method):
         return with_adapter(model, run)
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        check_factors(self.name, model)
         earlier = [adapters.kept(run.shared_folder / self.name, task) for task in range(1, run.task_index)]
         names = {id(p): name for name, p in params.trainable(model).items()}
         found: list[tuple[params.LoraPair, torch.Tensor, list[torch.Tensor]]] = []

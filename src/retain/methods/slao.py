@@ -28,7 +28,7 @@ from retain.errors import ConfigError
 from retain.functional.single_adapter import merge, merging_weight, orthonormal_rows
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
-from retain.methods.lora import check_merged, with_adapter
+from retain.methods.lora import check_factors, check_merged, with_adapter
 from retain.models import adapters, params
 
 
@@ -60,6 +60,7 @@ class SLAO(Method):
         """Put the last task's factors into the fresh adapter, and what remained of it, negative, beside them."""
         if any("lora_magnitude_vector" in name for name in params.trainable(model)):
             raise ConfigError("methods.slao: with DoRA the change is not a product. Set `lora: {dora: false}`.")
+        check_factors(self.name, model)
         pairs = params.lora_pairs(model)
         self._rank = {name: len(pair.A) for name, pair in pairs.items()}
         self._merged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # A_m and B_m of the task before
