@@ -3,8 +3,8 @@
     W' = W + s B A,   s = alpha / r                                  (Hu et al. 2021, arXiv:2106.09685, eq. 3)
 
 A [r, in] random, B [out, r] zero, so training starts at the given model. Fewer directions can move, which
-loses less of what the base could do; it is the carrier for most other methods at low cost. `kind` is another kind of adapter from PEFT; methods that
-hold or average weights then do so with its parameters, one by one.
+loses less of what the base could do; it is the carrier for most other methods at low cost. `kind` is another kind
+of adapter from PEFT; methods that hold or average weights then do so with its parameters, one by one.
 Deviations from the paper: alpha defaults to 2r; all linear layers are adapted by default, not q and v alone.
     In a sequence, each task gets a fresh adapter and the previous one is merged into the base (a quantised
     base cannot be merged without loss, so there the same adapter goes on learning).
