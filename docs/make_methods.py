@@ -28,6 +28,8 @@ FAMILIES = {
     "baseline": "Baseline",
     "weights": "Weights: stay near where they were",
     "functions": "Functions: answers stay what they were",
+    "tokens": "Tokens: what is learned from weighs less where it would overwrite",
+    "gradients": "Gradients: steps that leave old directions alone",
     "replay": "Replay: old rows again",
     "isolation": "Isolation: parts of the model do not move",
     "merging": "Merging: after training",
@@ -120,6 +122,8 @@ def kind_of(annotation: Any) -> str:
         return " or ".join(kind_of(part) for part in inside)
     if origin is list:
         return f"list of {kind_of(inside[0])}"
+    if hasattr(annotation, "model_fields"):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     return _WORDS.get(annotation, str(annotation))
 
 

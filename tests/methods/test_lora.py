@@ -1,13 +1,17 @@
 """LoRA: equal to the base at first, the right layers on each family, merged between tasks."""
 
+import typing
+
 import pytest
 import torch
 from families import FAMILIES, family_model, take_steps, token_batch
-from training_kit import same_bits, stored, train
+from training_kit import merged, same_bits, stored, train
 
 from retain.errors import ConfigError
 from retain.methods.context import Run
 from retain.methods.lora import LoRA
+from retain.methods.olora import OLoRA
+from retain.methods.slao import SLAO
 from retain.models import params
 
 #: Modules that hold query, value, and all of attention.
@@ -128,3 +132,55 @@ def test_layers_that_are_not_there_are_an_error():
     with pytest.raises(ConfigError, match=r"lora\.targets"):
         LoRA(targets="everything")
     assert layers(adapted(family_model("llama"), targets=["down_proj"])) == {"down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("domain", "r", "targets"), [("near", 8, "qv"), ("middle", 16, "attention"), ("far", 32, "all")]
+)
+def test_a_preset_is_the_same_as_its_settings(domain, r, targets):
+    preset = params.lora_pairs(adapted(family_model("llama"), domain=domain))
+    assert preset.keys() == params.lora_pairs(adapted(family_model("llama"), r=r, targets=targets)).keys()
+    assert {(len(pair.A), pair.scaling) for pair in preset.values()} == {(r, 2.0)}
+    assert LoRA(domain=domain, r=3, targets=["q_proj"]).config.model_dump(include={"r", "targets"}) == {
+        "r": 3,
+        "targets": ["q_proj"],
+    }, "what is given goes before the preset"
+    assert not LoRA(domain=domain, r=0).active
+
+
+KINDS = [kind for kind in typing.get_args(LoRA.Config.model_fields["kind"].annotation) if kind != "lora"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_begin_at_the_model_learn_and_are_merged(kind):
+    model, ids = family_model("llama"), token_batch()
+    base = stored(model)
+    with torch.no_grad():
+        before = model(ids).logits
+        wrapped = adapted(model, kind=kind, r=4)
+        start = wrapped(ids).logits
+    assert {config.peft_type.lower() for config in wrapped.peft_config.values()} == {kind}
+    assert (start - before).abs().max() < 1e-4
+    learning, total = params.counts(wrapped)
+    assert 0 < learning < total / 2
+    take_steps(wrapped)
+    held = {name.replace(".base_layer", ""): t for name, t in stored(wrapped).items()}
+    assert same_bits({name: held[name] for name in base}, base)
+    with torch.no_grad():
+        after = wrapped(ids).logits
+        following = adapted(wrapped, index=2, kind=kind, r=4)
+        merged_logits = following(ids).logits
+    assert (after - before).abs().max() > 0.05
+    assert (merged_logits - after).abs().max() < 1e-3
+
+
+def test_other_kinds_train_and_are_refused_where_factors_are_needed(tmp_path):
+    made = train([LoRA(kind="lokr", r=4)], tmp_path, steps=2)
+    assert not same_bits(merged(made.model), merged(train([LoRA(r=4)], tmp_path / "lora", steps=2).model))
+    for method in (OLoRA(), SLAO()):
+        for team in ([method, LoRA(kind="ia3")], [LoRA(kind="ia3"), method]):
+            with pytest.raises(ConfigError, match=rf"methods\.{method.name}: no LoRA factor is trained"):
+                train(team, tmp_path / method.name)
+    for setting in ({"dora": True}, {"dropout": 0.1}, {"alpha": 3}):
+        with pytest.raises(ConfigError, match=rf"methods\.lora\.{next(iter(setting))}: `kind: ia3` has none"):
+            adapted(family_model("llama"), kind="ia3", **setting)

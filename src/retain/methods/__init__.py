@@ -11,7 +11,7 @@ from typing import Any
 
 from retain.errors import ConfigError, unknown
 
-_SUPPORT = {"__init__", "base", "context"}  # files that hold no method
+_SUPPORT = {"__init__", "base", "context", "weighing"}  # files that hold no method
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from retain.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from retain.data.mixture import Mixture
-    from retain.methods.context import Batch, Run
+    from retain.methods.context import Batch, Run, Tokens
 
 
 class MethodConfig(BaseModel):
@@ -41,6 +41,7 @@ class Method:
     edits_gradients: ClassVar[bool] = False  # touches gradients or weights itself: refused under DeepSpeed
     swaps_weights: ClassVar[bool] = False  # runs the model with other weights in place: refused on shards
     adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
+    repeats_batches: ClassVar[bool] = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
 
     class Config(Strength):
@@ -76,7 +77,16 @@ class Method:
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         """Take anchors and importances; `run.restored` says that `load_state_dict` was called before."""
 
+    def learning_rates(self, model: torch.nn.Module, run: Run) -> dict[str, float]:
+        """Factors on the learning rate, by parameter name; once, when the optimizer is made. 1 where not named."""
+        return {}
+
     # -- inside the step ---------------------------------------------------------------------------------
+    def token_weights(self, tokens: Tokens, run: Run) -> torch.Tensor | None:
+        """Weights [N] ≥ 0, without gradient, of the supervised tokens in the main loss; None leaves them as they
+        are. Those of several methods are multiplied. Use `Weighing` for a mean of 1."""
+        return None
+
     def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
         """A loss that depends on data: its *sum* over supervised tokens. The trainer divides by the same
         global token count as the main loss, so accumulation and ranks cannot change its weight."""
@@ -164,6 +174,21 @@ class Stack(Method):
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:
             method.on_task_start(model, run)
+
+    def learning_rates(self, model: torch.nn.Module, run: Run) -> dict[str, float]:
+        factors: dict[str, float] = {}
+        for method in self.methods:
+            for name, factor in method.learning_rates(model, run).items():
+                factors[name] = factors.get(name, 1.0) * factor
+        return factors
+
+    def token_weights(self, tokens: Tokens, run: Run) -> torch.Tensor | None:
+        weights = None
+        for method in self.methods:
+            own = method.token_weights(tokens, run)
+            if own is not None:
+                weights = own.detach() if weights is None else weights * own.detach()
+        return weights
 
     def batch_losses(self, batch: Batch, run: Run) -> dict[str, torch.Tensor]:
         """The batch losses of all methods, by name; sums over supervised tokens."""

@@ -6,12 +6,14 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from retain.errors import ConfigError
+from retain.functional.tiled_head import Head, log_probs
 from retain.models import params
 
 if TYPE_CHECKING:
@@ -49,6 +51,44 @@ class Batch:
         return self.labels[:, 1:] != -100
 
 
+class StepBatch(NamedTuple):
+    """A micro-batch to be run again: what the model is called with, labels [B, T], origin [B]."""
+
+    inputs: dict[str, Any]
+    labels: torch.Tensor
+    source: torch.Tensor
+
+
+@dataclass
+class Tokens:
+    """The supervised tokens of one micro-batch, in reading order, as the model predicts them now.
+
+    Shapes: `labels` [N]; `hidden` [N, H], of the positions that predict them, without gradient; `rows` [N], the row
+    of the micro-batch each stands in; `source` [N], 0 for new rows and 1 for replayed ones.
+    """
+
+    batch: Batch
+    labels: torch.Tensor
+    hidden: torch.Tensor
+    rows: torch.Tensor
+    source: torch.Tensor
+    head: Head
+
+    @classmethod
+    def of(cls, batch: Batch, head: Head) -> Tokens:
+        """The tokens of a micro-batch."""
+        mask = batch.supervised
+        rows = mask.nonzero()[:, 0]
+        hidden = batch.hidden[:, :-1][mask].detach()
+        return cls(batch, batch.labels[:, 1:][mask], hidden, rows, batch.source[rows], head)
+
+    @cached_property
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probability [N] of each label, entropy [N]), in nats, without gradient."""
+        with torch.no_grad():
+            return log_probs(self.hidden, self.head, self.labels)
+
+
 @dataclass
 class Run:
     """One task of one run, as methods see it: read-mostly; `log` is the only thing they write.
@@ -75,6 +115,10 @@ class Run:
     batches: Callable[[Any, int], Iterator[tuple[dict[str, Any], torch.Tensor]]] = _no_batches
     tokenise: Callable[[Any], Any] = lambda rows: rows  # chat rows → rows as the trainer takes them
     new_rows: Any = None  # the task's rows in chat form (for buffers and importances)
+    step_batches: list[StepBatch] = field(default_factory=list)  # of this step, for methods with `repeats_batches`
+    step_tokens: float = 0.0  # supervised tokens of this step over all micro-batches and ranks: divides a sum of losses
+    moments: Callable[[torch.nn.Parameter], dict[str, torch.Tensor]] = lambda parameter: {}  # optimizer state
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # sum over all ranks
     optimizer: str = "adamw"
     say: Callable[[str], None] = print  # one line for the person at the terminal
 
@@ -114,6 +158,13 @@ class Run:
             )
         if value >= 2:
             self.say(f"{name}: stiff (learning rate · strength · F up to {value:.3g}); consider form: proximal.")
+
+
+def answer_loss(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    """Σ −log p of the supervised tokens, in nats, with gradient; `labels` [B, T] with −100 where nothing is learned."""
+    mask = labels[:, 1:] != -100
+    hidden = params.hidden_states(model, inputs)[:, :-1][mask]
+    return -log_probs(hidden, Head(*params.head(model), *params.logit_rules(model)), labels[:, 1:][mask])[0].sum()
 
 
 def self_written(

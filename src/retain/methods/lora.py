@@ -3,21 +3,24 @@
     W' = W + s B A,   s = alpha / r                                  (Hu et al. 2021, arXiv:2106.09685, eq. 3)
 
 A [r, in] random, B [out, r] zero, so training starts at the given model. Fewer directions can move, which
-loses less of what the base could do; it is the carrier for most other methods at low cost.
+loses less of what the base could do; it is the carrier for most other methods at low cost. `kind` is another kind
+of adapter from PEFT; methods that hold or average weights then do so with its parameters, one by one.
 Deviations from the paper: alpha defaults to 2r; all linear layers are adapted by default, not q and v alone.
     In a sequence, each task gets a fresh adapter and the previous one is merged into the base (a quantised
     base cannot be merged without loss, so there the same adapter goes on learning).
 Cost: r·(in + out) trainable weights per layer, and their optimizer state; no extra pass.
 Combine with: every other method.   Conflicts: none.
-Tune: `r` 4–8 for a near domain, 16–32 for a far one; learning rate about ten times that of full fine-tuning.
+Tune: `domain: near`, `middle` or `far`, or `r` 4–8 for a near domain and 16–32 for a far one; learning rate about ten
+    times that of full fine-tuning.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retain.errors import ConfigError, unknown
 from retain.methods.base import Method, MethodConfig
@@ -27,6 +30,12 @@ from retain.models import params
 TARGETS = {
     "qv": ("q", "v"),
     "attention": ("q", "k", "v", "o"),
+}
+#: Settings by how far what is learned lies from what the model knows.
+PRESETS: dict[str, dict[str, Any]] = {
+    "near": {"r": 8, "targets": "qv"},
+    "middle": {"r": 16, "targets": "attention"},
+    "far": {"r": 32, "targets": "all"},
 }
 _ALIASES = {
     "q": ("q_proj", "query", "q_lin", "wq"),
@@ -56,9 +65,18 @@ class LoRA(Method):
         """Dropout on the adapter's input."""
         dora: bool = False
         """Weight-decomposed LoRA (arXiv:2402.09353)."""
+        domain: Literal["near", "middle", "far"] | None = None
+        """A preset: near is r 8 on q and v, middle r 16 on attention, far r 32 everywhere; what is given goes first."""
+        kind: Literal["lora", "ia3", "loha", "lokr", "hra", "vera", "randlora", "miss"] = "lora"
+        """Another kind of adapter, with PEFT's own defaults for what is not set here; r is ignored by ia3."""
+
+        @model_validator(mode="before")
+        @classmethod
+        def _preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+            return PRESETS.get(str(given.get("domain")), {}) | given
 
     def prepare_model(self, model: Any, run: Run) -> torch.nn.Module:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import get_peft_model, prepare_model_for_kbit_training
 
         if hasattr(model, "peft_config"):
             if getattr(model, "is_quantized", False) or getattr(model.get_base_model(), "is_quantized", False):
@@ -66,19 +84,25 @@ class LoRA(Method):
             model = model.merge_and_unload()
         if getattr(model, "is_quantized", False):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        c = self.config
         torch.manual_seed(run.seed + run.task_index)  # A is random: the same run must draw the same A
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=c.r,
-                lora_alpha=c.alpha or 2 * c.r,
-                lora_dropout=c.dropout,
-                target_modules=self._targets(model),
-                use_dora=c.dora,
-                task_type="CAUSAL_LM",
-            ),
-        )
+        return get_peft_model(model, self._settings(model))
+
+    def _settings(self, model: Any) -> Any:
+        """PEFT's configuration of the adapter."""
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
+
+        c = self.config
+        alpha, common = c.alpha or 2 * c.r, {"target_modules": self._targets(model), "task_type": "CAUSAL_LM"}
+        if c.kind == "lora":
+            return LoraConfig(r=c.r, lora_alpha=alpha, lora_dropout=c.dropout, use_dora=c.dora, **common)
+        config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[c.kind.upper()]  # names are keys too
+        known = {field.name for field in dataclasses.fields(config)}
+        lacking = {"alpha": c.alpha and "alpha" not in known, "dropout": c.dropout, "dora": c.dora}
+        for setting in (name for name, missing in lacking.items() if missing):
+            raise ConfigError(f"methods.lora.{setting}: `kind: {c.kind}` has none. Remove it, or use `kind: lora`.")
+        if getattr(model, "is_quantized", False):
+            raise ConfigError(f"methods.lora.kind: '{c.kind}' on a quantised base is not supported. Use `kind: lora`.")
+        return config(**{key: value for key, value in {"r": c.r, "alpha": alpha}.items() if key in known}, **common)
 
     @torch.no_grad()
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
@@ -115,3 +139,30 @@ def _linear(model: torch.nn.Module) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     return {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+
+
+def with_adapter(model: Any, run: Run) -> Any:
+    """The model with a fresh adapter: the one that it got for this task, otherwise one with default settings.
+
+    For methods that act on LoRA factors, so that they also work where `lora` is not listed.
+    """
+    if hasattr(model, "peft_config") and any(c.peft_type != "LORA" for c in model.peft_config.values()):
+        return model
+    pairs = params.lora_pairs(model).values()
+    fresh = bool(pairs) and not any(bool(pair.B.any()) for pair in pairs)
+    return model if fresh else LoRA().prepare_model(model, run)
+
+
+def check_factors(name: str, model: Any) -> None:
+    """Refuse a model in which no LoRA factor is trained, for methods that act on nothing else."""
+    if not params.lora_pairs(model):
+        raise ConfigError(f"methods.{name}: no LoRA factor is trained. Set `lora: {{kind: lora}}`, and freeze less.")
+
+
+def check_merged(name: str, model: Any) -> None:
+    """Refuse a base on which adapters are not merged after a task, for methods that need a fresh one per task."""
+    if getattr(params.causal(model), "is_quantized", False):
+        raise ConfigError(
+            f"methods.{name}: needs an adapter of its own for each task, merged afterwards, which a quantised base "
+            "cannot take. Set `quantize: none`."
+        )

@@ -8,7 +8,6 @@ gradient edits happen once per optimizer step, after the last reduction and befo
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +22,14 @@ from trl.trainer import utils as trl_utils
 
 from retain.data.mixture import Mixture, MixtureSampler
 from retain.errors import ConfigError, ModelError, TrainingDiverged
+from retain.functional.tiled_head import Head, log_probs
 from retain.methods.base import Method, Stack
-from retain.methods.context import Batch, Run
+from retain.methods.context import Batch, Run, StepBatch, Tokens
 from retain.models import params
 from retain.models.load import load_model
 from retain.training import checkpoint, guards
+from retain.training.rows import SourceCollator, interleaved, length, supervised
+from retain.training.terms import Terms
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class ContinualMixin(_Host):
         **kwargs: Any,
     ) -> None:
         self.stack = Stack(methods)
+        self.terms = Terms()
         if isinstance(model, str):
             model, tokenizer = load_model(model)
             kwargs.setdefault("processing_class", tokenizer)
@@ -81,14 +84,16 @@ class ContinualMixin(_Host):
         model = self.stack.prepare_model(model, run)
         super().__init__(model, args, *rest, **kwargs)
         run.tokenizer = run.tokenizer or getattr(self, "processing_class", None)
-        run.log, run.batches, run.tokenise = self._note, self._batches, self._tokenised
+        run.log, run.batches, run.tokenise = self.terms.note, self._batches, self._tokenised
+        run.moments = self._moments
+        run.reduce = lambda tensor: self.accelerator.reduce(tensor, "sum")
         run.model = self.model
         run.optimizer = str(getattr(self.args, "optim", "adamw"))
-        self._terms: dict[str, list[torch.Tensor | float]] = defaultdict(list)  # what methods say, averaged
-        self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of micro-batches, added up per step
-        self._steps_noted = 0
         self._mixture: Mixture | None = None
         self._with_loss = [m.name for m in self.stack.methods if type(m).batch_loss is not Method.batch_loss]
+        self._weighed = any(type(m).token_weights is not Method.token_weights for m in self.stack.methods)
+        self._repeated = any(m.repeats_batches for m in self.stack.methods)
+        self._step_begins = True  # the next micro-batch is the first of its step
         self._coverage_checked = False
         self._held: params.Tensors = {}
         if not self.accelerator.is_main_process:
@@ -124,7 +129,7 @@ class ContinualMixin(_Host):
             raise ConfigError("methods.replay: no replay row is left after tokenising. Raise `train.max_length`.")
         fraction = mixture.fraction or (lambda progress: 0.0)
         if not hasattr(mixture.new, "__len__"):
-            self.train_dataset = _interleaved(mixture.new, replay, fraction, self.run.seed)
+            self.train_dataset = interleaved(mixture.new, replay, fraction, self.run.seed)
         else:
             from datasets import concatenate_datasets
 
@@ -135,7 +140,7 @@ class ContinualMixin(_Host):
             ]
             self._mixture = Mixture(parts[0], parts[1], fraction, mixture.by)
             self.train_dataset = concatenate_datasets(parts)
-        self.data_collator = _SourceCollator(self.data_collator)
+        self.data_collator = SourceCollator(self.data_collator)
         self.run.has_replay = True
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -149,8 +154,8 @@ class ContinualMixin(_Host):
             return super()._get_train_sampler(train_dataset)
         window = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         return MixtureSampler(
-            _supervised(mixture.new, mixture.by),
-            _supervised(mixture.replay, mixture.by),
+            supervised(mixture.new, mixture.by),
+            supervised(mixture.replay, mixture.by),
             mixture.fraction,
             mixture.by,
             window,
@@ -218,7 +223,8 @@ class ContinualMixin(_Host):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         source = inputs.pop("source", None)
-        if not (self._with_loss and self.model.training and self.is_in_train):
+        own = self._with_loss or self._weighed or self._repeated
+        if not (own and self.model.training and self.is_in_train):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs["labels"]
         with params.captured_hidden(model) as seen:
@@ -227,15 +233,44 @@ class ContinualMixin(_Host):
         if source is None:
             source = torch.zeros(labels.shape[0], dtype=torch.long, device=labels.device)
         batch = Batch(kept, labels, seen[0], source)
+        if self._repeated:
+            self._keep(batch, num_items_in_batch)
+        if self._weighed:
+            loss = self._weighted(loss, batch, num_items_in_batch)
         # without a global token count the host divides by the number of micro-batches afterwards
         parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
-        self._losses["loss/main"].append(loss.detach() / parts)
+        self.terms.add("loss/main", loss.detach() / parts)
         terms = self.stack.batch_losses(batch, self.run)
         for name in self._with_loss:
             scaled = self._per_token(terms[name], batch, num_items_in_batch) if name in terms else loss.new_zeros(())
             loss = loss + scaled
-            self._losses[f"loss/{name}"].append(scaled.detach() / parts)
+            self.terms.add(f"loss/{name}", scaled.detach() / parts)
         return loss
+
+    def _weighted(self, loss: torch.Tensor, batch: Batch, num_items: Any) -> torch.Tensor:
+        """The main loss with the methods' token weights in place of ones; the host's own where no method has any."""
+        head = Head(*params.head(self.model), *params.logit_rules(self.model))
+        tokens = Tokens.of(batch, head)
+        weights = self.stack.token_weights(tokens, self.run)
+        if weights is None or not len(weights):
+            return loss
+        hidden = batch.hidden[:, :-1][batch.supervised]
+        return self._per_token(-(weights * log_probs(hidden, head, tokens.labels)[0]).sum(), batch, num_items)
+
+    def _keep(self, batch: Batch, num_items: Any) -> None:
+        """Keep the micro-batches of a step for methods that run them again."""
+        if self._step_begins:
+            self.run.step_batches.clear()
+            self.run.step_tokens = 0.0
+            self._step_begins = False
+        self.run.step_batches.append(StepBatch(batch.inputs, batch.labels, batch.source))
+        if num_items is None:
+            raise ConfigError(
+                "train: the host gives no token count for a step, which methods that repeat a step need. "
+                "Use `ContinualTrainer`, or a trainer that passes `num_items_in_batch`."
+            )
+        ranks = 1 if self.args.average_tokens_across_devices else self.accelerator.num_processes
+        self.run.step_tokens = float(num_items) * ranks
 
     def _per_token(self, term: torch.Tensor, batch: Batch, num_items: Any) -> torch.Tensor:
         """A sum over supervised tokens, scaled exactly as the host scales the cross-entropy."""
@@ -243,6 +278,23 @@ class ContinualMixin(_Host):
             return term / batch.supervised.sum().clamp(min=1)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return term / num_items * ranks
+
+    def _moments(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        return dict(self.optimizer.state.get(parameter, {})) if self.optimizer is not None else {}
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        factors = self.stack.learning_rates(self.model, self.run)
+        if factors:
+            factor_of = {p: factors.get(name, 1.0) for name, p in params.trainable(self.model).items()}
+            groups = [
+                {**group, "params": chosen, "lr": group["lr"] * factor}
+                for group in optimizer.param_groups
+                for factor in dict.fromkeys(factor_of.get(p, 1.0) for p in group["params"])
+                if (chosen := [p for p in group["params"] if factor_of.get(p, 1.0) == factor])
+            ]
+            optimizer.param_groups[:] = groups
+        return optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.run.step = self.state.global_step
@@ -259,22 +311,12 @@ class ContinualMixin(_Host):
                 guards.check_held(self.stack, self._held, self.model)
                 self._coverage_checked = True
             self.stack.edit_gradients(model, self.run)
-            self._steps_noted += 1
+            self.terms.steps += 1
+            self._step_begins = True
         return loss
 
     def _diverged(self, loss: torch.Tensor, step: int, what: str) -> str:
-        terms = {name: float(values[-1]) for name, values in (self._losses | self._terms).items() if values}
-        shown = ", ".join(f"{name} {value:.3g}" for name, value in terms.items()) or "plain loss only"
-        bad = [n for n, v in terms.items() if not np.isfinite(v)] or [
-            n for n, v in terms.items() if n != "loss/main" and abs(v) > 1e4
-        ]
-        blame = f"term {bad[0]}" if bad else "the main loss (or a weight update before it)"
-        last = checkpoint.newest(Path(self.args.output_dir))
-        kept = f"last good state: {last}" if last else "no checkpoint was written yet"
-        return (
-            f"training step {step}: {what} became {float(loss):g}; first suspect: {blame} "
-            f"({shown}); {kept}. Lower the learning rate or that method's strength, then run again."
-        )
+        return self.terms.diverged(float(loss), step, what, checkpoint.newest(Path(self.args.output_dir)))
 
     def rows_seen(self) -> tuple[int, int]:
         """(new, replayed) rows that the finished training was shown, over all ranks."""
@@ -282,7 +324,7 @@ class ContinualMixin(_Host):
         steps = self.state.global_step
         if self._mixture is None:
             return min(
-                steps * window, int(np.ceil(self.state.epoch or 0)) * _length(self.train_dataset, steps * window)
+                steps * window, int(np.ceil(self.state.epoch or 0)) * length(self.train_dataset, steps * window)
             ), 0
         new, seen, epoch = 0, 0, 0
         sampler = self._get_train_sampler()
@@ -309,27 +351,10 @@ class ContinualMixin(_Host):
             del hooks[key]
 
     # -- logging and state -------------------------------------------------------------------------------
-    def _note(self, name: str, value: Any) -> None:
-        self._terms[name].append(value)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs.update(self._step_losses())
-            for name, values in self._terms.items():
-                logs[name] = float(np.mean([float(v) for v in values]))
-            self._terms.clear()
+            logs.update(self.terms.take(lambda sums: self.accelerator.reduce(sums, "mean")))
         super().log(logs, *args, **kwargs)
-
-    def _step_losses(self) -> dict[str, float]:
-        """Main loss and batch losses per step since the last log, over all ranks; they add up to `loss`."""
-        if not self._losses:
-            return {}
-        sums = torch.stack([torch.stack(values).float().sum() for values in self._losses.values()])
-        shown = self.accelerator.reduce(sums / max(1, self._steps_noted), "mean").tolist()
-        names = list(self._losses)
-        self._losses.clear()
-        self._steps_noted = 0
-        return dict(zip(names, shown))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not guards.weights_finite(self.model):
@@ -350,42 +375,6 @@ class _AfterStep(TrainerCallback):
         trainer = self.trainer
         if not trainer.accelerator.optimizer_step_was_skipped:
             trainer.stack.on_step_end(trainer.model, trainer.run)
-
-
-class _SourceCollator:
-    """Keeps each row's origin (0 new, 1 replay) beside what the inner collator makes."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        batch = self.inner([{k: v for k, v in example.items() if k != "source"} for example in examples])
-        batch["source"] = torch.tensor([int(example.get("source", 0)) for example in examples])
-        return batch
-
-
-def _length(rows: Any, default: int) -> int:
-    return len(rows) if hasattr(rows, "__len__") else default
-
-
-def _supervised(rows: Any, by: str) -> np.ndarray:
-    if by == "rows":
-        return np.ones(len(rows), dtype=np.int64)
-    return np.array([sum(label != -100 for label in labels) for labels in rows["labels"]], dtype=np.int64)
-
-
-def _interleaved(new: Any, replay: Any, fraction: Any, seed: int) -> Any:
-    """A streamed mixture; the share is constant because a stream has no end to schedule towards."""
-    from datasets import interleave_datasets
-
-    share = fraction(0.0)
-    if fraction(1.0) != share:
-        raise ConfigError(
-            "methods.replay.schedule: a streamed data set takes a constant share only. Set `schedule: constant`."
-        )
-    new = new.map(lambda row: {**row, "source": 0})
-    old = replay.to_iterable_dataset().map(lambda row: {**row, "source": 1}).repeat(None)
-    return interleave_datasets([new, old], probabilities=[1 - share, share], seed=seed)
 
 
 class ContinualTrainer(ContinualMixin, SFTTrainer):

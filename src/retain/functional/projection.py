@@ -1,0 +1,144 @@
+"""What part of a step may be taken: projections on gradients and weights, and the choice of entries and columns.
+
+Bases are matrices with orthonormal columns. Lists hold one entry per tensor, in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Directions whose length is below this share of the longest are rounding, not directions.
+NOISE = 1e-6
+
+
+@torch.no_grad()
+def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """⟨a, b⟩ over all tensors together; each summed in at least float32, the sums in float64."""
+    return math.fsum(float((_wide(a) * _wide(b)).sum()) for a, b in zip(first, second, strict=True))
+
+
+@torch.no_grad()
+def without_conflict(gradients: Sequence[Tensor], references: Sequence[Tensor], strength: float = 1.0) -> float:
+    """g ← g − strength · (⟨g, r⟩ / ‖r‖²) r where ⟨g, r⟩ < 0, in place (A-GEM, arXiv:1812.00420, eq. 11).
+
+    With strength 1 the result has ⟨g, r⟩ = 0: to first order the step no longer raises the reference loss.
+    A reference of length 0 changes nothing.
+
+    Args:
+        gradients: g, tensors of any shape.
+        references: r, same shapes.
+
+    Returns:
+        The cosine of g and r as they were given; 0 where one of them is 0.
+    """
+    inner, square = dot(gradients, references), dot(references, references)
+    length = math.sqrt(square * dot(gradients, gradients))
+    if inner < 0 and square > 0:
+        for gradient, reference in zip(gradients, references):
+            gradient.add_(reference.to(gradient.dtype), alpha=-strength * inner / square)
+    return inner / length if length > 0 else 0.0
+
+
+def off_subspace(matrix: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """(I − L Lᵀ) M (I − R Rᵀ): what is left of M [m, n] outside the subspaces L [m, k] of its columns and
+    R [n, l] of its rows; None stands for no subspace. Applying it twice is applying it once."""
+    if left is not None:
+        matrix = matrix - left @ (left.T @ matrix)
+    if right is not None:
+        matrix = matrix - (matrix @ right) @ right.T
+    return matrix
+
+
+@torch.no_grad()
+def large_directions(weight: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The singular directions of the largest singular values of a weight [m, n].
+
+    Args:
+        share: of min(m, n), from 0 to 1; how many directions are taken.
+
+    Returns:
+        (U [m, k], V [n, k]) in float64.
+    """
+    count = round(share * min(weight.shape))
+    u, _, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    return u[:, :count].contiguous(), vt[:count].T.contiguous()
+
+
+@torch.no_grad()
+def input_directions(gram: Tensor, energy: float, known: Tensor | None = None) -> Tensor:
+    """The directions that hold the energy of a layer's inputs, beyond those known (GPM, arXiv:2103.09762).
+
+    Args:
+        gram: Σ x xᵀ [n, n] over the inputs x.
+        energy: share of Σ ‖x‖², from 0 to 1, that the directions hold together with the known ones.
+        known: orthonormal directions [n, k] of earlier inputs.
+
+    Returns:
+        [n, k + new] in float64, orthonormal, the known ones first; none is added where those hold enough.
+    """
+    gram = gram.double()
+    total = float(gram.trace())
+    basis = gram.new_zeros(len(gram), 0) if known is None else known.to(gram)
+    rest = off_subspace(gram, basis, basis)
+    values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    missing = energy * total - (total - float(rest.trace()))
+    room = len(gram) - basis.shape[1]
+    usable = int((values > NOISE**2 * total).sum())
+    before = torch.cat([values.new_zeros(1), values.cumsum(0)[:-1]])
+    count = min(int((before < missing).sum()), room, usable)
+    return joined(basis, vectors[:, :count])
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """One orthonormal basis [n, ≤ k + l] of the span of two [n, k] and [n, l]; the first stays as it is."""
+    rest = second - first @ (first.T @ second)
+    rest = rest - first @ (first.T @ rest)  # once is not enough where they nearly coincide
+    u, s, _ = torch.linalg.svd(rest, full_matrices=False)
+    return torch.cat([first, u[:, s > NOISE]], dim=1)
+
+
+@torch.no_grad()
+def top_share(sizes: Tensor, share: float) -> Tensor:
+    """Mask of the largest entries of a tensor ≥ 0: ⌊share · numel⌋ of them, at least one.
+
+    Exactly that many: among equal sizes the first in memory order are taken.
+    """
+    flat = sizes.reshape(-1)
+    count = max(1, int(share * flat.numel()))
+    threshold = _kth_largest(flat, count)
+    mask = flat > threshold
+    equal = (flat == threshold).nonzero()[: count - int(mask.sum()), 0]
+    mask[equal] = True
+    return mask.view(sizes.shape)
+
+
+def column_scores(weight: Tensor, squares: Tensor) -> Tensor:
+    """Σ_i |W_ij| · ‖X_j‖ [n] of the columns of W [m, n] (Wanda's score, summed as in SSU, arXiv:2512.04844).
+
+    Args:
+        squares: Σ x_j² [n] over the inputs x.
+    """
+    return weight.double().abs().sum(0) * squares.double().sqrt()
+
+
+def _kth_largest(flat: Tensor, count: int) -> Tensor:
+    """The `count`-th largest entry; in a long tensor sought between two values of a sample."""
+    total = flat.numel()
+    if total > 2**16:
+        sample = flat[:: total // 2**12].sort(descending=True).values
+        place, margin = count / total * len(sample), 2 * math.sqrt(len(sample))
+        high, low = sample[max(0, int(place - margin))], sample[min(len(sample) - 1, int(place + margin))]
+        inside = flat[(flat <= high) & (flat >= low)]
+        rank = count - int((flat > high).sum())
+        if 0 < rank <= len(inside):
+            return inside.kthvalue(len(inside) - rank + 1).values
+    return flat.kthvalue(total - count + 1).values
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

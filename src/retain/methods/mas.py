@@ -1,0 +1,108 @@
+"""MAS — pulls each weight towards where it started, the harder the more the size of the outputs depends on it.
+
+    L = L_new + (strength / 2) Σ_i Ω_i (θ_i − θ*_i)²,        Ω_i = E_x |∂ ‖f(x)‖² / ∂θ_i|
+
+(Memory Aware Synapses, Aljundi et al. 2018, arXiv:1711.09601.) θ* = weights at the start of the task,
+x = a row that stands for old data, f(x) = the logits at all its supervised positions, each position centred, as a
+constant added to all logits changes no prediction. One gradient per row: those of different rows would cancel.
+No label is used, only inputs. With LoRA the pull is on the product ΔW = s·BA with the rank-1 importance r cᵀ / Σr,
+r and c the row and column sums of the Ω of the base weight.
+Deviations from the paper: Ω is scaled to mean 1, so `strength` means the same on every model and as in ewc. It is
+    taken on old rows before the first task too: a pretrained model has abilities to lose. The last hidden state,
+    a common stand-in for f, is not offered: behind a final RMSNorm its length hardly depends on the weights.
+Cost: two copies of the trainable weights; one backward pass for each of `samples` rows before the first task and after
+    each one; O(parameters) per step.
+Combine with: replay, distill, lora, freeze, interpolate; with `ewc` or `l2sp` the pulls add up.   Conflicts: none.
+Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from retain.errors import ConfigError
+from retain.functional import fisher, outputs, sensitivity
+from retain.functional.tiled_head import Head
+from retain.methods.base import Method, Strength
+from retain.methods.context import Run
+from retain.models import importance, params
+from retain.models.pull import Pull, product_keys
+
+
+class MAS(Method):
+    """Memory Aware Synapses."""
+
+    family = "weights"
+    paper = "arXiv:1711.09601"
+    edits_gradients = True
+
+    class Config(Strength):
+        strength: float = Field(1.0, ge=0)
+        """Weight of the pull; 0 is off."""
+        samples: int = Field(256, ge=1)
+        """Rows that the importance is estimated on, at most; each costs a backward pass."""
+        form: Literal["gradient", "proximal"] = "gradient"
+        """Add to the gradient before the optimizer, or move the weights after it."""
+
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        path = run.shared_folder / "mas" / f"{run.task_index:02d}.safetensors"
+        known = importance.load(path, run.restored or run.task_index > 1)
+        if known is None:
+            known = self.importance(model, run, run.old_rows(model, self.config.samples))
+            importance.save(known, path)
+        self._importance = known
+        self.pull = Pull(model, run.start, known)
+        if self.pull.protected == 0:
+            raise ConfigError("methods.mas: no trainable weight to protect. Remove mas, or freeze less.")
+        if self.config.form == "gradient":
+            run.check_stiffness(self.name, self.pull.stiffness(self.config.strength, run.learning_rate))
+
+    def importance(self, model: Any, run: Run, rows: Any) -> params.Tensors:
+        """Ω by parameter name, mean 1 for ordinary weights together and for adapted layers together; for the latter
+        `<layer>.rows` and `<layer>.columns`, the sums of the base weight's Ω."""
+        rows = rows.select(range(min(len(rows), self.config.samples)))
+        dense, pairs = params.outside_lora(model), params.lora_pairs(model)
+        found: params.Tensors = {}
+        if dense:
+            found |= self._accumulate(model, run, rows, dense, by_sums=False).diagonal
+        if pairs:
+            with importance.base_weights(pairs, f"methods.{self.name}") as bases:
+                sums = self._accumulate(model, run, rows, bases, by_sums=True)
+            for name, pair in pairs.items():
+                both = (sums.rows[name], sums.columns[name])
+                found |= dict(zip(product_keys(name), both[::-1] if pair.transposed else both))
+        return found
+
+    def _accumulate(self, model: Any, run: Run, rows: Any, weights: dict, by_sums: bool) -> fisher.Importance:
+        head = Head(*params.head(model), *params.logit_rules(model))
+
+        def norm(sample: tuple[dict, torch.Tensor]) -> torch.Tensor | None:
+            inputs, labels = sample
+            learned = labels[:, 1:] != -100
+            if not bool(learned.any()):
+                return None
+            return outputs.centred_norm(params.hidden_states(model, inputs)[:, :-1][learned], head)
+
+        samples = run.track(run.batches(rows, 1), "importance of weights (MAS)", len(rows))
+        return fisher.normalise(sensitivity.accumulate(weights, samples, norm, by_sums))
+
+    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
+        if run.logging_now:
+            run.log(f"loss/{self.name}", self.pull.value(self.config.strength))
+        if self.config.form == "gradient":
+            self.pull.add_gradients(self.config.strength)
+
+    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+        if self.config.form == "proximal":
+            self.pull.step(self.config.strength, run.learning_rate)
+
+    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
+        if run.shared is None or run.new_rows is None:
+            return
+        with params.evaluating(model):
+            learned = self.importance(model, run, run.new_rows)
+        total = importance.added(self._importance, learned)
+        importance.save(total, run.shared_folder / "mas" / f"{run.task_index + 1:02d}.safetensors")

@@ -1,0 +1,66 @@
+"""MoFO — of every matrix only the entries with the largest momentum move in a step.
+
+    θ_i ← θ_i + Δ_i  where |m_i| is among the largest share, else θ_i       (Chen et al. 2024, arXiv:2407.20999, alg. 1)
+
+Δ = the step of the optimizer, m = its first moment, i runs over the entries of one matrix. Far fewer weights leave
+their place, and those that stay hold what the model knew. Norms and biases move as usual.
+Deviations from the paper: works over any optimizer with a first moment; what is not among the largest is put back
+    bit for bit, weight decay included (the authors' code decays every weight at every step). Ties go by place.
+Cost: one copy of the trained matrices during a step; one selection per matrix and step.
+Combine with: replay, distill, ewc, interpolate; list it last, so that it also filters what others do after a step.
+Conflicts: none.
+Tune: `share` 0.05–0.2; smaller keeps more and learns more slowly. Little to gain with `lora`.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from retain.errors import ConfigError
+from retain.functional.projection import dot, top_share
+from retain.methods.base import Method, MethodConfig
+from retain.methods.context import Run
+from retain.models import params
+
+
+class MoFO(Method):
+    """Momentum-filtered optimizer."""
+
+    family = "gradients"
+    paper = "arXiv:2407.20999"
+    edits_gradients = True
+    off = {"share": 1.0}
+
+    class Config(MethodConfig):
+        share: float = Field(0.15, gt=0, le=1)
+        """Share of each matrix that may move in a step; 1 is off."""
+
+    @torch.no_grad()
+    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
+        learning = params.trainable(model).values()
+        self._before = [(p, p.detach().clone()) for p in learning if p.dim() > 1 and p.grad is not None]
+
+    @torch.no_grad()
+    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+        slopes, undone = [], []
+        for parameter, before in self._before:
+            if parameter.grad is None:
+                continue
+            keeps = torch.where(top_share(_momentum(run, parameter).abs(), self.config.share), parameter, before)
+            if run.logging_now:
+                slopes.append(parameter.grad)
+                undone.append(keeps - parameter)
+            parameter.copy_(keeps)
+        self._before.clear()
+        if run.logging_now:  # what the filter costs the new task in this step, to first order, in nats
+            run.log(f"loss/{self.name}", dot(slopes, undone))
+
+
+def _momentum(run: Run, parameter: torch.nn.Parameter) -> torch.Tensor:
+    state = run.moments(parameter)
+    for name in ("exp_avg", "momentum_buffer"):
+        if torch.is_tensor(state.get(name)):
+            return state[name]
+    optimizer = run.optimizer.rsplit(".", 1)[-1].lower()  # the host says OptimizerNames.SGD
+    raise ConfigError(f"methods.mofo: the optimizer '{optimizer}' keeps no first moment. Set `optim: adamw_torch`.")
