@@ -151,7 +151,8 @@ def stage_name(index: int, task: str) -> str:
 def environment() -> dict[str, Any]:
     """Versions and hardware, for `env.json`."""
     versions = {}
-    for name in ("retain-llm", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "numpy"):
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "numpy")
+    for name in ("retain-llm", *libraries):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

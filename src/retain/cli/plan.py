@@ -1,4 +1,4 @@
-"""`retain plan`: check a configuration without loading weights, and say what would happen."""
+"""`retain plan`: check a configuration without loading weights, and say what would happen and what it needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from retain.config import RunConfig
+    from retain.data.tasks import Task
+    from retain.estimate import Estimate
 
 
 def command(
@@ -17,25 +21,116 @@ def command(
     output: Annotated[str | None, typer.Option("--output", help="Run directory.")] = None,
     set_: Annotated[list[str], typer.Option("--set", "-o", help="Override a setting.")] = [],  # noqa: B006
 ) -> None:
-    """Check a configuration and its data, and show every setting that would be used."""
+    """Check a configuration and its data; estimate memory and time; show every setting that would be used.
+
+    Nothing is trained or written, and no weights are loaded.
+    """
     from retain.cli.common import console, quiet_libraries
     from retain.config import dump
 
     settings = configuration(config, task, model, output, set_)
     quiet_libraries()
-    from retain.data.tasks import load_task
+    from retain.estimate import estimate
+    from retain.inputs import load_old, load_probes, load_tasks
+    from retain.models.load import load_tokenizer
     from retain.pipeline import plan
 
-    planned = plan(settings)
     out = console()
-    for name, entry in zip(settings.task_names, settings.tasks):
-        found = load_task(entry.model_dump(exclude_none=True) | {"name": name}, seed=settings.seed)
-        size = f"{len(found.rows)} rows" if hasattr(found.rows, "__len__") else "a stream"
-        out.print(f"{name}: {size} to learn, {len(found.test_rows)} to test; {'; '.join(found.notes)}", markup=False)
-    out.print(f"methods: {planned.stack.methods or 'none (plain fine-tuning)'}", markup=False)
-    out.print(f"stages: {' → '.join(planned.stages)}", markup=False)
-    out.print(f"directory: {settings.directory}\n", markup=False)
+    notes: list[str] = []
+    with out.status("reading the data, rehearsing a step …"):
+        planned = plan(settings)
+        tokenizer = load_tokenizer(settings.model.name, settings.model.revision, settings.model.trust_remote_code)
+        tasks = load_tasks(settings, tokenizer, planned.train.get("max_length"), notes.append)
+        probes, _, _ = load_probes(settings, tasks, tokenizer, notes.append)
+        found = estimate(planned, tasks, tokenizer, probes, load_old(settings))
+    names = [method.name for method in planned.stack.methods]
+    share = found.trainable / found.parameters
+    about = {
+        "model": f"{settings.model.name}, {_count(found.parameters)} parameters, {_count(found.trainable)} "
+        f"of them trained ({share:.1%})",
+        "methods": ", ".join(names) or "none (plain fine-tuning)",
+        "stages": " → ".join(planned.stages),
+        "directory": str(settings.directory),
+    }
+    for name, text in about.items():
+        out.print(f"[bold]{name:<10}[/bold]", end="")
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print()
+    out.print(_tasks(found, tasks))
+    for note in [*notes, *found.notes]:
+        out.print(f"  {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    out.print()
+    out.print(_needs(found))
+    if not found.fits:
+        out.print(
+            f"[bold yellow]It will probably not fit.[/bold yellow] {_gib(found.bytes)} needed, about, and "
+            f"{_gib(found.free)} free. What helps, in this order:",
+            highlight=False,
+        )
+        for number, step in enumerate(found.advice, 1):
+            out.print(f"  {number}. {step}", markup=False, highlight=False)
+    out.print("\n[dim]All settings:[/dim]")
     print(dump(settings))
+
+
+def _tasks(found: Estimate, tasks: list[Task]) -> Table:
+    """Rows, steps and tokens of every task."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("task", overflow="fold")
+    for head in ("to learn", "to test", "replayed", "steps", "tokens a step", "longest row"):
+        table.add_column(head, justify="right")
+    for work, task in zip(found.tasks, tasks):
+        rows = "a stream" if work.rows is None else f"{work.rows:,}"
+        numbers = (len(task.test_rows), work.replayed, work.steps, work.tokens, work.largest.width)
+        table.add_row(work.name, rows, *(f"{number:,}" if number else "–" for number in numbers))
+    return table
+
+
+def _needs(found: Estimate) -> Table:
+    """Memory and time, part by part, side by side."""
+    from itertools import zip_longest
+
+    from rich.table import Table
+
+    from retain.report.wording import duration
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column(f"memory ({found.device})", overflow="fold")
+    table.add_column("about", justify="right", no_wrap=True)
+    table.add_column("   time", overflow="fold")
+    table.add_column("about", justify="right", no_wrap=True)
+    memory = [(name, _gib(size)) for name, size in found.memory.items()]
+    time = [(f"   {name}", duration(_rounded(seconds))) for name, seconds in found.time.items()]
+    for left, right in zip_longest(memory, time, fillvalue=("", "")):
+        table.add_row(*left, *right)
+    table.add_section()
+    total = duration(_rounded(found.seconds)) if found.time else "not known"
+    fits = "green" if found.fits else "yellow"
+    table.add_row("in all", f"[{fits}]{_gib(found.bytes)}[/{fits}]", "   in all", total, style="bold")
+    table.add_row("free here", _gib(found.free), "", "", style="dim")
+    return table
+
+
+def _gib(size: float) -> str:
+    """Bytes as "0.52 GiB", "3.4 GiB" or "120 GiB"."""
+    gib = size / 2**30
+    return f"{gib:.2f} GiB" if gib < 1 else f"{gib:.1f} GiB" if gib < 100 else f"{gib:,.0f} GiB"
+
+
+def _rounded(seconds: float) -> float:
+    """Seconds to the two digits that an estimate deserves; below a minute to the next five."""
+    if seconds < 60:
+        return max(5, 5 * round(seconds / 5))
+    return float(f"{seconds:.2g}")
+
+
+def _count(number: int) -> str:
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,}"
 
 
 def configuration(
