@@ -36,6 +36,20 @@ def rows(count: int, offset: int = 0) -> Dataset:
     )
 
 
+def other_rows(count: int = 12) -> Dataset:
+    """Old rows that the new ones say nothing about."""
+    words = ["sea", "cold", "ships", "land"]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"{i} tell"}],
+                "completion": [{"role": "assistant", "content": " ".join(words[i % 3 :])}],
+            }
+            for i in range(count)
+        ]
+    )
+
+
 class Spy(ContinualTrainer):
     """Remembers the rows of every micro-batch: token ids, supervised tokens and origin."""
 

@@ -17,7 +17,7 @@ DEFAULT_METHODS: list[Any] = [
     {"lora": {"r": 16}},
     {"replay": {"fraction": 0.3, "max_tokens": 48}},
     {"distill": {"strength": 2.0}},
-    {"interpolate": {"strength": 0.2}},
+    {"interpolate": {"strength": 0.1}},
 ]
 
 

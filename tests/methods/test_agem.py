@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
-from training_kit import rows, same_bits, stored, train, trainer
+from training_kit import other_rows, rows, same_bits, stored, train, trainer
 
 from retain.data.buffer import Buffer
 from retain.errors import ConfigError
@@ -16,20 +16,6 @@ from retain.methods import agem
 from retain.methods.agem import AGEM
 from retain.methods.context import Run
 from retain.models import params
-
-
-def other_rows(count=12):
-    """Old rows that the new ones say nothing about."""
-    words = ["sea", "cold", "ships", "land"]
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": f"{i} tell"}],
-                "completion": [{"role": "assistant", "content": " ".join(words[i % 3 :])}],
-            }
-            for i in range(count)
-        ]
-    )
 
 
 def slow_reference(model, batches):

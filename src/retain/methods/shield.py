@@ -8,7 +8,7 @@ Deviations from the paper: works with LoRA, by holding columns of A at 0. Embedd
     rows of special tokens, which stay as in the authors' code; norms and biases learn.
 Cost: one pass over `samples` rows per task; O(parameters) per step.
 Combine with: replay, distill, lora, ewc; list it last, so that it also undoes what others do after a step.
-Conflicts: none.
+Conflicts: slao (whose adapters do not begin at zero).
 Tune: `share` 0.5; more keeps more and learns less.
 """
 
@@ -32,6 +32,7 @@ class Shield(Method):
 
     family = "isolation"
     paper = "arXiv:2512.04844"
+    conflicts = frozenset({"slao"})
     edits_gradients = True
     off = {"share": 0.0}
 

@@ -10,7 +10,7 @@ Deviations from the paper: the realised step is projected, and so is the first m
     only their outer product, and every layer has the same share. Embeddings, head and norms are not held; see freeze.
 Cost: one SVD per matrix and task; two pairs of thin products per matrix and step; with `energy` a pass over old rows.
 Combine with: lora, freeze, replay, distill; list it last, so that it sees what others do after a step.
-Conflicts: none.
+Conflicts: slao (whose adapters do not begin at zero).
 Tune: `share` 0.5–0.9, more keeps more; `energy` 0.9–0.99. In bfloat16 weights, rounding lets a little through.
 """
 
@@ -37,6 +37,7 @@ class Subspace(Method):
 
     family = "gradients"
     paper = "arXiv:2504.07097"
+    conflicts = frozenset({"slao"})
     edits_gradients = True
     off = {"share": 0.0, "energy": 0.0}
 

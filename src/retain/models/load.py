@@ -159,7 +159,9 @@ def settled(model: Any) -> Any:
 
     A quantised base cannot be merged without loss, so there the adapter stays on top and goes on learning.
     """
-    if not hasattr(model, "peft_config") or getattr(model.get_base_model(), "is_quantized", False):
+    if not hasattr(model, "peft_config"):
+        return model if getattr(model, "is_quantized", False) else model.requires_grad_(True)
+    if getattr(model.get_base_model(), "is_quantized", False):
         return model
     # trainable again, as after loading; autocast also keeps its copies of such weights between forward passes
     return model.merge_and_unload().requires_grad_(True)
