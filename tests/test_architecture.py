@@ -47,6 +47,8 @@ ONLY = {
     "report": {"results", "analysis", "functional", "errors", "rundir"},
     "inputs": {"errors", "config", "results", "data", "models", "probes"},
     "outcome": {"errors", "config", "results", "analysis", "rundir"},
+    "workload": {"errors", "functional", "data", "models", "probes", "training"},
+    "estimate": {"errors", "data", "methods", "models", "probes", "training", "workload"},
     "methods": {"errors", "functional", "data", "models"},
     "probes": {"errors", "functional", "results", "data", "models"},
 }

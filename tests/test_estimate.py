@@ -70,8 +70,8 @@ def test_steps_are_those_of_the_run(shop, tmp_path):
     config = parse(settings(shop, tmp_path / "real", probes={"reference": [str(shop / "probes.jsonl")], "limit": 2}))
     found = estimated(shop, tmp_path)
     real = run(config, lambda line: None)
-    assert [work.steps for work in found.tasks] == [step.steps for step in real.steps]
-    for work, step in zip(found.tasks, real.steps):
+    assert [work.steps for work in found.tasks] == [step.steps for step in real.training]
+    for work, step in zip(found.tasks, real.training):
         assert work.replayed == pytest.approx(step.replay_rows, abs=2)
         assert work.rows == step.new_rows
 

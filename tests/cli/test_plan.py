@@ -26,12 +26,12 @@ def planned(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("COLUMNS", "80")
         monkeypatch.setattr(sys, "argv", ["retain", "plan", *words])
-        main()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
         return capsys.readouterr().out
 
-    with monkeypatch.context() as patch:
-        patch.setattr("typer.main.sys.exit", lambda code=0: None, raising=False)
-        yield call
+    return call
 
 
 def config(shop: Path, folder: Path, **changes) -> str:
