@@ -52,6 +52,22 @@ def test_value_equals_slow_loop():
     assert penalties.quadratic_value(params, anchors, importance, [1.0, 2.0, 3.0]).item() == pytest.approx(slow)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_value_comes_with_the_gradient(dtype):
+    params, anchors, importance = lists(dtype=dtype)
+    importance[2] = None
+    strengths = [1.0, 0.0, 3.0]
+    gradients = [torch.zeros_like(p) for p in params]
+    value = penalties.add_quadratic_gradient(gradients, params, anchors, importance, strengths, value=True)
+    expected = penalties.quadratic_value(params, anchors, importance, strengths)
+    assert value.dtype == expected.dtype
+    torch.testing.assert_close(value, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    alone = [torch.zeros_like(p) for p in params]
+    assert penalties.add_quadratic_gradient(alone, params, anchors, importance, strengths) is None
+    for a, b in zip(gradients, alone):
+        torch.testing.assert_close(a, b)
+
+
 def test_importance_of_one_is_l2_sp():
     params, anchors, importance = lists()
     ones = [torch.ones_like(f) for f in importance]

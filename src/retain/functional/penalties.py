@@ -27,7 +27,7 @@ Importances = Sequence[Tensor | None] | None
 GROUP_ELEMENTS = 2**26
 #: The same on a CPU, where larger tensors are taken in pieces: θ − θ* then stays in the cache. A temporary copy of
 #: a whole tensor costs ten times as much, because its memory is mapped anew in every step.
-BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**19
 
 
 def quadratic_value(
@@ -57,13 +57,24 @@ def quadratic_value(
 
 def _value(rows: Sequence[tuple[Tensor, Tensor, Tensor | None, float]]) -> Tensor:
     """The value without a graph: in pieces, their sums added in float64 (float32 where there is none)."""
-    first = rows[0][0]
-    total = torch.zeros((), device=first.device, dtype=torch.float32 if first.device.type == "mps" else torch.float64)
+    params = [row[0] for row in rows]
+    total = _zero(params)
     for row in rows:
         for p, a, f, s in _pieces(row):
             squares = (_wide(p) - _wide(a)).square_()
             total += 0.5 * s * (squares if f is None else squares.mul_(f)).sum()
-    return total.to(torch.promote_types(torch.float32, first.dtype))
+    return _narrow(total, params)
+
+
+def _zero(params: Sequence[Tensor]) -> Tensor:
+    if not params:
+        return torch.zeros(())
+    device = params[0].device
+    return torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+
+def _narrow(total: Tensor, params: Sequence[Tensor]) -> Tensor:
+    return total.to(torch.promote_types(torch.float32, params[0].dtype)) if params else total
 
 
 @torch.no_grad()
@@ -73,16 +84,27 @@ def add_quadratic_gradient(
     anchors: Sequence[Tensor],
     importance: Importances,
     strength: Strength,
-) -> None:
-    """gradients += λ F ⊙ (θ − θ*), in place. Arguments and errors as in `quadratic_value`."""
+    value: bool = False,
+) -> Tensor | None:
+    """gradients += λ F ⊙ (θ − θ*), in place; with `value` also ½ Σ λ F (θ − θ*)², from the same sweep over memory.
+
+    Arguments and errors as in `quadratic_value`.
+
+    Returns:
+        The value as `quadratic_value` gives it, or None.
+    """
     _same_length("penalty", gradients=gradients, params=params)
     rows = _zip("penalty", params, anchors, importance, strength)
+    total = _zero(params)
     for group in _groups([(g, *row) for g, row in zip(gradients, rows) if row[3] != 0]):
         g, p, a, f, s = (list(column) for column in zip(*group))
         pull = torch._foreach_sub(p, a)
-        _weigh(pull, f)
-        torch._foreach_mul_(pull, s)
-        torch._foreach_add_(g, pull)
+        for gradient, d, weights, number in zip(g, pull, f, s):
+            weighted = d if weights is None else d * weights if value else d.mul_(weights)
+            if value:
+                total += 0.5 * number * torch.dot(_wide(d).flatten(), _wide(weighted).flatten())
+            gradient.add_(weighted, alpha=number)
+    return _narrow(total, params) if value else None
 
 
 @torch.no_grad()
@@ -227,12 +249,6 @@ def _number(scalar: Tensor) -> float:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _weigh(pull: Sequence[Tensor], importance: Sequence[Tensor | None]) -> None:
-    weighted = [(d, f) for d, f in zip(pull, importance) if f is not None]
-    if weighted:
-        torch._foreach_mul_(*(list(column) for column in zip(*weighted)))
 
 
 def _numbers(name: str, given: Strength, count: int) -> list[float]:

@@ -45,10 +45,9 @@ class L2SP(Method):
             run.check_stiffness(self.name, self.pull.stiffness(self.config.strength, run.learning_rate))
 
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
-        if run.logging_now:
-            run.log(f"loss/{self.name}", self.pull.value(self.config.strength))
-        if self.config.form == "gradient":
-            self.pull.add_gradients(self.config.strength)
+        value = self.pull.before_step(self.config.strength, self.config.form, run.logging_now)
+        if value is not None:
+            run.log(f"loss/{self.name}", value)
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
         if self.config.form == "proximal":

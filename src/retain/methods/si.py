@@ -69,10 +69,9 @@ class SI(Method):
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         learning = params.trainable(model).values()
         self._before = {id(p): (p.grad.clone(), p.detach().clone()) for p in learning if p.grad is not None}
-        if run.logging_now:
-            run.log(f"loss/{self.name}", self.pull.value(self.config.strength))
-        if self.config.form == "gradient":
-            self.pull.add_gradients(self.config.strength)
+        value = self.pull.before_step(self.config.strength, self.config.form, run.logging_now)
+        if value is not None:
+            run.log(f"loss/{self.name}", value)
 
     @torch.no_grad()
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:

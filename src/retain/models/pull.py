@@ -73,21 +73,43 @@ class Pull:
         return float(dense) + float(low)
 
     @torch.no_grad()
-    def add_gradients(self, strength: float) -> None:
-        """Add strength · F (θ − θ*) to every `.grad`, in place."""
+    def add_gradients(self, strength: float, value: bool = False) -> float | None:
+        """Add strength · F (θ − θ*) to every `.grad`, in place; with `value` also give the penalty, as `value` does.
+
+        Both come from one sweep over the weights, which costs half of two.
+        """
         rows = [(i, p, p.grad) for i, p in enumerate(self.dense) if p.grad is not None]
         anchors, importance = self._local()
-        penalties.add_quadratic_gradient(
+        dense = penalties.add_quadratic_gradient(
             [params.local(gradient) for _, _, gradient in rows],
             [params.local(parameter) for _, parameter, _ in rows],
             [anchors[i] for i, _, _ in rows],
             [importance[i] for i, _, _ in rows],
             strength,
+            value,
         )
-        for pair, slopes in zip(self.pairs, penalties.low_rank_gradients(self._factors(), strength)):
+        factors = self._factors()
+        for pair, slopes in zip(self.pairs, penalties.low_rank_gradients(factors, strength)):
             for parameter, slope in zip((pair.B, pair.A), slopes):
                 if parameter.grad is not None:
                     parameter.grad.add_(params.aligned(slope.to(parameter.dtype), parameter))
+        if dense is None:
+            return None
+        # what got no gradient in this step is not pulled, but still away from its anchor
+        still = [i for i, p in enumerate(self.dense) if p.grad is None]
+        rest = penalties.quadratic_value(
+            params.locals_of(self.dense[i].detach() for i in still),
+            [anchors[i] for i in still],
+            [importance[i] for i in still],
+            strength,
+        )
+        return float(dense) + float(rest) + float(penalties.low_rank_value(factors, strength))
+
+    def before_step(self, strength: float, form: str, value: bool) -> float | None:
+        """What `form` does before the optimizer's step: "gradient" adds to the gradients. The penalty if wanted."""
+        if form == "gradient":
+            return self.add_gradients(strength, value)
+        return self.value(strength) if value else None
 
     @torch.no_grad()
     def step(self, strength: float, learning_rate: float) -> None:
