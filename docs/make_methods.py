@@ -23,18 +23,6 @@ FOLDER = ROOT / "docs" / "methods"
 MADE = "<!-- Made by docs/make_methods.py from the code. Change the code, then run it again. -->\n\n"
 #: Parts of a docstring, in order.
 PARTS = ("Deviations from the paper", "Cost", "Combine with", "Conflicts", "Tune")
-#: Order of families on the index, with what each keeps.
-FAMILIES = {
-    "baseline": "Baseline",
-    "weights": "Weights: stay near where they were",
-    "functions": "Functions: answers stay what they were",
-    "tokens": "Tokens: what is learned from weighs less where it would overwrite",
-    "gradients": "Gradients: steps that leave old directions alone",
-    "replay": "Replay: old rows again",
-    "isolation": "Isolation: parts of the model do not move",
-    "merging": "Merging: after training",
-}
-
 
 def pages() -> dict[str, str]:
     """File name → text of every page."""
@@ -75,10 +63,10 @@ def index() -> str:
     """The list of methods by family."""
     about = {name: methods.summaries()[name] for name in own_names()}
     lines = ["# Methods\n", "Names are those of the configuration; any that do not conflict can be combined.\n"]
-    for family in dict.fromkeys([*FAMILIES, *sorted(a["family"] for a in about.values())]):
+    for family in dict.fromkeys([*methods.FAMILIES, *sorted(a["family"] for a in about.values())]):
         mine = [name for name in about if about[name]["family"] == family]
         if mine:
-            lines.append(f"## {FAMILIES.get(family, family)}\n")
+            lines.append(f"## {methods.FAMILIES.get(family, family)}\n")
             entries = [f"- [{name}]({name}.md): {split(about[name]['doc'])['sentence']}" for name in mine]
             lines.append("\n".join(entries) + "\n")
     return MADE + "\n".join(lines)

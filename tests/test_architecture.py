@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: Layers, lowest first. A part may import its own and lower layers, apart from what `ONLY` says.
 LAYERS = [
     {"errors"},
-    {"functional"},
+    {"functional", "presets"},
     {"config", "results"},
     {"items"},
     {"analysis", "rundir"},
@@ -40,7 +40,8 @@ LAYERS = [
 ONLY = {
     "errors": set(),
     "functional": {"errors"},
-    "config": {"errors"},
+    "presets": {"errors"},
+    "config": {"errors", "presets"},
     "results": {"errors"},
     "items": {"functional", "results", "errors"},
     "analysis": {"items", "functional", "results", "errors"},
@@ -54,7 +55,7 @@ ONLY = {
 }
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 #: Modules that help and settings need; importing them must cost nothing.
-LIGHT = ("retain", "retain.cli", "retain.config", "retain.errors", "retain.results")
+LIGHT = ("retain", "retain.cli", "retain.config", "retain.presets", "retain.errors", "retain.results")
 PUBLIC = "ContinualTrainer EWC Replay Distill L2SP LoRA Freeze Interpolate run load_run"
 SOFT_LINES, MOST_LINES = 300, 500
 #: Files that were longer when the limit came; they may shrink, never grow.

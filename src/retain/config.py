@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from retain import presets
 from retain.errors import ConfigError, unknown
 
 STARTER = "starter"
@@ -95,6 +96,8 @@ class RunConfig(_Settings):
     """Rows that stand for what the model could do before; without them it writes its own."""
     methods: list[Any] = DEFAULT_METHODS
     """Names, or `name: {settings}`; `[none]` is plain fine-tuning."""
+    preset: str | None = None
+    """A recipe by name (`retain methods` lists them): its methods, unless methods are given, and training settings."""
     probes: ProbesConfig = ProbesConfig()
     """What is measured."""
     train: dict[str, Any] = {}
@@ -157,15 +160,15 @@ def parse(values: dict[str, Any], where: str = "configuration") -> RunConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected settings such as `model:` and `tasks:`, got {type(values).__name__}.")
     try:
-        return RunConfig(**values)
+        return RunConfig(**presets.filled(values))
     except ValidationError as error:
         raise ConfigError(_one_line(error, where)) from None
     except TypeError as error:
         raise ConfigError(f"{where}: {error}.") from None
 
 
-def read(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """A configuration from a YAML file, with dotted overrides such as `train.max_steps=20`.
+def read(path: str | Path, overrides: list[str] | None = None, preset: str | None = None) -> RunConfig:
+    """A configuration from a YAML file, with dotted overrides such as `train.max_steps=20`, and a preset for it.
 
     Raises:
         ConfigError: no such file, not YAML, or as `parse`.
@@ -183,7 +186,8 @@ def read(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}). Save it as UTF-8 text.") from None
     if values is None or isinstance(values, dict):
-        values = override(values or {}, overrides or [])
+        values = (values or {}) | ({"preset": preset} if preset else {})
+        values = override(presets.filled(values), overrides or [])
     return parse(values, str(path))
 
 

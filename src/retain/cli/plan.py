@@ -19,6 +19,7 @@ def command(
     task: Annotated[list[str], typer.Option("--task", "-t", help="Data to learn.")] = [],  # noqa: B006
     model: Annotated[str | None, typer.Option("--model", "-m", help="starter, a folder, or a hub id.")] = None,
     output: Annotated[str | None, typer.Option("--output", help="Run directory.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="A recipe by name; see `retain methods`.")] = None,
     set_: Annotated[list[str], typer.Option("--set", "-o", help="Override a setting.")] = [],  # noqa: B006
 ) -> None:
     """Check a configuration and its data; estimate memory and time; show every setting that would be used.
@@ -28,7 +29,7 @@ def command(
     from retain.cli.common import console, quiet_libraries
     from retain.config import dump
 
-    settings = configuration(config, task, model, output, set_)
+    settings = configuration(config, task, model, output, set_, preset)
     quiet_libraries()
     from retain.estimate import estimate
     from retain.inputs import load_old, load_probes, load_tasks
@@ -134,7 +135,12 @@ def _count(number: int) -> str:
 
 
 def configuration(
-    config: str | None, tasks: list[str], model: str | None, output: str | None, overrides: list[str]
+    config: str | None,
+    tasks: list[str],
+    model: str | None,
+    output: str | None,
+    overrides: list[str],
+    preset: str | None = None,
 ) -> RunConfig:
     """The configuration of a file, or of options alone, with overrides.
 
@@ -143,13 +149,15 @@ def configuration(
     """
     from retain.config import override, parse, read
     from retain.errors import ConfigError
+    from retain.presets import filled
 
     extra = [f"output={output}"] if output else []
     extra += [f"model.name={model}"] if model else []
     if config is not None:
         if tasks:
             raise ConfigError("--task: tasks stand in the YAML file. Give one or the other.")
-        return read(config, [*overrides, *extra])
+        return read(config, [*overrides, *extra], preset)
     if not tasks:
         raise ConfigError("nothing to learn: give a YAML file, or --task with a file, a folder or a hub id.")
-    return parse(override({"tasks": [{"data": t} for t in tasks], "model": {}}, [*overrides, *extra]), "options")
+    values = filled({"tasks": [{"data": t} for t in tasks], "model": {}, "preset": preset})
+    return parse(override(values, [*overrides, *extra]), "options")

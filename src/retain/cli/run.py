@@ -13,6 +13,7 @@ def command(
     task: Annotated[list[str], typer.Option("--task", "-t", help="Data to learn: file, folder or hub id.")] = [],  # noqa: B006
     model: Annotated[str | None, typer.Option("--model", "-m", help="starter, a folder, or a hub id.")] = None,
     output: Annotated[str | None, typer.Option("--output", help="Run directory; runs/<name> by default.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="A recipe by name; see `retain methods`.")] = None,
     set_: Annotated[
         list[str], typer.Option("--set", "-o", help="Override a setting: train.max_steps=20, methods.0.lora.r=8 …")
     ] = [],  # noqa: B006
@@ -30,7 +31,7 @@ def command(
     from retain.cli.common import console, quiet_libraries
     from retain.cli.plan import configuration
 
-    settings = configuration(config, task, model, output, set_)
+    settings = configuration(config, task, model, output, set_, preset)
     quiet_libraries()
     from retain.pipeline import run
     from retain.report import terminal

@@ -59,11 +59,43 @@ def _value(rows: Sequence[tuple[Tensor, Tensor, Tensor | None, float]]) -> Tenso
     """The value without a graph: in pieces, their sums added in float64 (float32 where there is none)."""
     params = [row[0] for row in rows]
     total = _zero(params)
+    room = _Room()
     for row in rows:
         for p, a, f, s in _pieces(row):
-            squares = (_wide(p) - _wide(a)).square_()
+            squares = room.differences([_wide(p)], [_wide(a)])[0].square_()
             total += 0.5 * s * (squares if f is None else squares.mul_(f)).sum()
     return _narrow(total, params)
+
+
+class _Room:
+    """Memory for what is needed for a moment, on a CPU taken once per sweep.
+
+    Taking it anew for every block can cost more than the arithmetic, where the allocator gives it back in between.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[torch.dtype, Tensor] = {}
+
+    def _take(self, start: int, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+        if like.device.type != "cpu" or start + like.numel() > BLOCK_ELEMENTS:
+            return None
+        if dtype not in self._flat:
+            self._flat[dtype] = torch.empty(BLOCK_ELEMENTS, dtype=dtype)
+        return self._flat[dtype][start : start + like.numel()].view(like.shape)
+
+    def differences(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Sequence[Tensor]:
+        """first − second, tensor by tensor; overwritten by the next call."""
+        if first[0].device.type != "cpu":
+            return torch._foreach_sub(first, second)
+        found, start = [], 0
+        for x, y in zip(first, second):
+            found.append(torch.sub(x, y, out=self._take(start, x, torch.promote_types(x.dtype, y.dtype))))
+            start += x.numel()
+        return found
+
+    def product(self, first: Tensor, second: Tensor) -> Tensor:
+        """first · second; overwritten by the next call."""
+        return torch.mul(first, second, out=self._take(0, first, torch.promote_types(first.dtype, second.dtype)))
 
 
 def _zero(params: Sequence[Tensor]) -> Tensor:
@@ -95,12 +127,11 @@ def add_quadratic_gradient(
     """
     _same_length("penalty", gradients=gradients, params=params)
     rows = _zip("penalty", params, anchors, importance, strength)
-    total = _zero(params)
+    total, room, more = _zero(params), _Room(), _Room()
     for group in _groups([(g, *row) for g, row in zip(gradients, rows) if row[3] != 0]):
         g, p, a, f, s = (list(column) for column in zip(*group))
-        pull = torch._foreach_sub(p, a)
-        for gradient, d, weights, number in zip(g, pull, f, s):
-            weighted = d if weights is None else d * weights if value else d.mul_(weights)
+        for gradient, d, weights, number in zip(g, room.differences(p, a), f, s):
+            weighted = d if weights is None else more.product(d, weights) if value else d.mul_(weights)
             if value:
                 total += 0.5 * number * torch.dot(_wide(d).flatten(), _wide(weighted).flatten())
             gradient.add_(weighted, alpha=number)
@@ -130,9 +161,10 @@ def proximal(
     rates = _numbers("learning_rate", learning_rate, len(params))
     rows = _zip("penalty", params, anchors, importance, strength)
     rows = [(p, a, f, s * rate) for (p, a, f, s), rate in zip(rows, rates)]
+    room = _Room()
     for group in _groups([row for row in rows if row[3] != 0]):
         p, a, f, k = (list(column) for column in zip(*group))
-        pull = torch._foreach_sub(a, p)
+        pull = room.differences(a, p)
         for i, (weights, number) in enumerate(zip(f, k)):
             if weights is None:
                 pull[i].mul_(number / (1 + number))

@@ -11,6 +11,17 @@ from typing import Any
 
 from retain.errors import ConfigError, unknown
 
+#: Families of methods in the order in which they are shown, with what is kept.
+FAMILIES = {
+    "baseline": "Plain fine-tuning, to compare with",
+    "weights": "Weights stay near where they were",
+    "functions": "Answers stay what they were",
+    "tokens": "Tokens that would overwrite the most weigh less",
+    "gradients": "Steps leave old directions alone",
+    "replay": "Old rows again",
+    "isolation": "Parts of the model do not move",
+    "merging": "After training",
+}
 _SUPPORT = {"__init__", "base", "context", "weighing"}  # files that hold no method
 
 
