@@ -24,6 +24,7 @@ MADE = "<!-- Made by docs/make_methods.py from the code. Change the code, then r
 #: Parts of a docstring, in order.
 PARTS = ("Deviations from the paper", "Cost", "Combine with", "Conflicts", "Tune")
 
+
 def pages() -> dict[str, str]:
     """File name → text of every page."""
     made = {f"{name}.md": page(name) for name in own_names()}
