@@ -1,4 +1,4 @@
-"""Recipes by scenario: methods and training settings under one name, each a YAML file beside this one. No torch here."""
+"""Recipes by scenario: methods and training settings under one name, a YAML file each beside this one. No torch."""
 
 from __future__ import annotations
 
