@@ -249,13 +249,17 @@ def _ranks(use_cpu: bool) -> Any:
     return PartialState(cpu=use_cpu, timeout=datetime.timedelta(hours=12))
 
 
-def load_run(directory: str | Path, stage: str | None = None) -> tuple[Any, Any]:
+def load_run(directory: str | Path, stage: str | None = None, task: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a run, after its last task or after `stage`; adapters are merged.
 
+    With `task`, the model as it was right after that task, taken out of the model of the stage: for methods that keep
+    what a task learned apart from what later ones did (`packnet`).
+
     Raises:
-        RunError: not a run directory, or a stage that is not finished.
+        RunError: not a run directory, a stage that is not finished, or a task that cannot be taken out of it.
     """
-    from retain.models.load import load_stage, load_tokenizer
+    from retain.models import ownership
+    from retain.models.load import load_model, load_stage, load_tokenizer
 
     place = RunDirectory(directory)
     config = place.read_config()
@@ -263,8 +267,14 @@ def load_run(directory: str | Path, stage: str | None = None) -> tuple[Any, Any]
     if stage is not None and stage not in stages:
         raise RunError(f"{directory}: no stage '{stage}'. Stages: {', '.join(stages)}.")
     upto = stages.index(stage) if stage else len(stages) - 1
+    learned = config.task_names[:upto]
+    if task is not None and task not in learned:
+        raise RunError(f"{directory}: no task '{task}' up to {stages[upto]}. Tasks: {', '.join(learned) or 'none'}.")
     for name in stages[1 : upto + 1]:
         if place.done(name) is None:
             raise RunError(f"{directory}: stage '{name}' is not finished. Run the same command again to go on.")
     model = load_stage(config.model, [place.task(name) for name in stages[1 : upto + 1]], merged=True)
+    if task is not None:
+        base, _ = load_model(config.model, tokenizer=False)
+        model = ownership.select(model, base, place.path, learned.index(task) + 1, upto)
     return model, load_tokenizer(config.model.name, config.model.revision)

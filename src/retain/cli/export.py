@@ -11,6 +11,7 @@ def command(
     run: Annotated[str, typer.Argument(help="Run directory.")],
     to: Annotated[str, typer.Option("--to", help="Folder to write; must not exist yet.")],
     stage: Annotated[str | None, typer.Option(help="Stage, such as 01-medical; the last by default.")] = None,
+    task: Annotated[str | None, typer.Option(help="Take this task's model out of it, after `packnet`.")] = None,
 ) -> None:
     """Write a run's model, adapters merged, for transformers, vLLM and others."""
     from pathlib import Path
@@ -23,7 +24,7 @@ def command(
     quiet_libraries()
     from retain.pipeline import load_run
 
-    model, tokenizer = load_run(run, stage)
+    model, tokenizer = load_run(run, stage, task)
     model.save_pretrained(to)
     tokenizer.save_pretrained(to)
     typer.echo(f"Model: {to}")

@@ -13,7 +13,8 @@ Deviations from the paper: the previous s·B_m A_m is in the base by then, as ad
 Cost: 2r instead of r in the forward pass; three factors per layer on disk; one QR per layer and task.
 Combine with: replay, lora (its settings; without it an adapter of default settings), freeze.
 Conflicts: olora (which keeps tasks out of each other's directions), ilora (which also says what the adapter is at the
-    end of a task), interpolate, subspace and shield (which need adapters that begin at zero).
+    end of a task), interpolate, subspace and shield (which need adapters that begin at zero), packnet (which keeps
+    single weights).
 Tune: nothing; `weight: mean` keeps more of early tasks, `weight: last` nothing but the last.
 """
 
