@@ -49,11 +49,14 @@ class TaskConfig(_Settings):
     name: str | None = None
     """Short name for folders and tables; the file's name when not given."""
     test: str | None = None
-    """Rows to measure what was learned; the folder's test file or held-out rows when not given."""
+    """Rows to measure what was learned; the folder's test file or held-out rows when not given. `same`: the training
+    rows themselves, for facts that are to be remembered."""
     on: Literal["completion", "assistant", "all"] = "completion"
     """What is learned: the answer, every assistant turn, or everything."""
     columns: dict[str, str] | None = None
     """Our column name → the name in the data."""
+    only: dict[str, list[Any]] | None = None
+    """Column in the data → values: rows with other values are left out."""
     limit: int | None = Field(None, ge=1)
     """At most this many training rows, drawn with the seed."""
     test_limit: int | None = Field(None, ge=1)

@@ -126,3 +126,28 @@ def test_a_mapping(lines, tokenizer):
 def test_impossible_settings(lines, setting):
     with pytest.raises(ConfigError, match="Allowed"):
         load_task(lines("x.jsonl", rows(0, 10)), **setting)
+
+
+def test_only_some_rows(lines):
+    kinds = [row | {"kind": "odd" if i % 2 else "even"} for i, row in enumerate(rows(0, 20))]
+    path = lines("x.jsonl", kinds)
+    task = load_task(path, only={"kind": ["odd"]}, hold_out=0.2)
+    everything = set(asked(task)) | {row["prompt"] for row in task.test_rows}
+    assert everything == {f"question {i}" for i in range(1, 20, 2)}
+    assert len(load_task({"data": path, "only": {"kind": ["odd"]}, "limit": 3, "hold_out": 0}).rows) == 3
+    assert len(list(load_task(path, only={"kind": ["even"]}, hold_out=0, streaming=True).rows)) == 10
+    with pytest.raises(DataError, match=r"only: unknown 'kin'.* Did you mean 'kind'"):
+        load_task(path, only={"kin": ["odd"]})
+    with pytest.raises(DataError, match="no row has kind in"):
+        load_task(path, only={"kind": ["none"]})
+
+
+def test_the_same_rows_are_asked_again(lines):
+    path = lines("x.jsonl", rows(0, 30))
+    task = load_task(path, test="same", test_limit=10)
+    assert len(task.rows) == 30
+    assert len(task.test_rows) == 10
+    assert {row["prompt"] for row in task.test_rows} < set(asked(task))
+    assert "memory" in task.notes[0]
+    with pytest.raises(ConfigError, match="stream"):
+        load_task(path, test="same", streaming=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.data.json_rows import open_text, quiet, read_json, suffix_of
-from retain.errors import DataError
+from retain.errors import DataError, unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -37,6 +37,7 @@ def load_rows(
     limit: int | None = None,
     seed: int = 0,
     columns: dict[str, str] | None = None,
+    only: dict[str, list[Any]] | None = None,
 ) -> Dataset | IterableDataset:
     """Read rows as they are, without giving them a form (`retain.data.chat.to_chat` does that).
 
@@ -49,6 +50,7 @@ def load_rows(
             rows of a shuffle over a window of 10,000.
         seed: of the draw.
         columns: our name → name in the source, such as `{"prompt": "instruction", "response": "output"}`.
+        only: column in the source → its values in the rows that are wanted.
 
     Raises:
         DataError: nothing there, unreadable, malformed (with file and line), empty, or a column is missing.
@@ -64,6 +66,8 @@ def load_rows(
         rows = _from_table(path, streaming)
     label = str(path or where)
     first = _first(rows, label)
+    if only:
+        rows = _only(rows, list(first), only, label)
     if columns:
         rows = _rename(rows, list(first), columns, label)
     if limit is None:
@@ -74,6 +78,17 @@ def load_rows(
         import numpy as np
 
         rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit]))
+    return rows
+
+
+def _only(rows: Any, names: list[str], only: dict[str, list[Any]], label: str) -> Any:
+    for column, values in only.items():
+        if column not in names:
+            raise DataError(unknown(f"{label}: only", column, names))
+        rows = rows.filter(lambda value, values=values: value in values, input_columns=[column])
+    if next(iter(rows), None) is None:
+        shown = " and ".join(f"{column} in {values}" for column, values in only.items())
+        raise DataError(f"{label}: no row has {shown}. Give other values.")
     return rows
 
 

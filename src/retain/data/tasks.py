@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Keys of a task in a mapping: the settings of `load_task` that concern its data.
 SETTINGS = (
     *("data", "name", "test", "on", "columns", "limit", "test_limit", "hold_out", "hold_out_at_most"),
-    *("streaming", "list_choices", "long"),
+    *("streaming", "list_choices", "long", "only"),
 )
 
 
@@ -62,6 +62,7 @@ def load_task(
     tokenizer: Any = None,
     max_length: int | None = None,
     long: str = "cut",
+    only: dict[str, list[Any]] | None = None,
 ) -> Task:
     """Read one task.
 
@@ -72,7 +73,7 @@ def load_task(
         spec: file, folder or hub id; or a mapping with the key `data` and any of the settings below that
             concern the data.
         name: default: the name of the file or folder.
-        test: where the test rows are.
+        test: where the test rows are; "same" asks the training rows themselves, for facts to be remembered.
         on: what is trained on, see `to_chat`.
         hold_out: share of the rows that is held out when there is no test file; 0 for none.
         hold_out_at_most: rows.
@@ -82,6 +83,7 @@ def load_task(
         streaming: see `load_rows`; nothing is counted then.
         list_choices: see `to_chat`.
         tokenizer, max_length: when both are given, rows longer than `max_length` tokens are counted.
+        only: column in the source → its values in the rows that are wanted, for training and test.
         long: "cut" leaves long rows to the trainer, which cuts their end; "drop" leaves them out.
 
     Raises:
@@ -98,15 +100,19 @@ def load_task(
         raise ConfigError(unknown("long", long, ("cut", "drop")))
     path = locate(spec, "train")
     label = str(path or spec)
-    rows = load_rows(spec, "train", streaming, limit, seed, columns)
+    rows = load_rows(spec, "train", streaming, limit, seed, columns, only)
     form = row_form(rows.column_names or list(next(iter(rows))), label)
     notes: list[str] = []
-    test_rows = _test_rows(spec, test, test_limit, seed, columns, notes)
+    if test == "same":
+        test_rows = _recalled(rows, min(hold_out_at_most, test_limit or hold_out_at_most), seed, streaming, notes)
+    else:
+        test_rows = _test_rows(spec, test, test_limit, seed, columns, only, notes)
     if not test_rows and hold_out > 0:
         rows, test_rows = _hold_out(rows, hold_out, hold_out_at_most, seed, streaming, label, notes)
     if not test_rows:
         notes.append("no test rows: what this task gains cannot be measured")
-    rows = _apart(rows, test_rows, form, streaming, label, notes)
+    if test != "same":
+        rows = _apart(rows, test_rows, form, streaming, label, notes)
     chat = to_chat(rows, label, on, list_choices)
     if tokenizer is not None and max_length is not None and not streaming:
         chat = _fit(chat, tokenizer, max_length, long, label, notes)
@@ -136,6 +142,7 @@ def _test_rows(
     limit: int | None,
     seed: int,
     columns: dict[str, str] | None,
+    only: dict[str, list[Any]] | None,
     notes: list[str],
 ) -> list[dict[str, Any]]:
     split = "test"
@@ -146,10 +153,18 @@ def _test_rows(
     elif Path(test).is_dir() and not has_split(test, "test") and has_split(test, "dev"):
         split = "dev"
     where = spec if test is None else test
-    rows = load_rows(where, split, limit=limit, seed=seed, columns=columns)
+    rows = load_rows(where, split, limit=limit, seed=seed, columns=columns, only=only)
     label = str(locate(where, split) or where)
     notes.append(f"{len(rows)} test rows from {label}")
     return rows.to_list()
+
+
+def _recalled(rows: Any, most: int, seed: int, streaming: bool, notes: list[str]) -> list[dict[str, Any]]:
+    if streaming:
+        raise ConfigError("test: 'same' with a stream, whose rows are not known before. Give a test file.")
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])
+    notes.append(f"{len(chosen)} of the {len(rows)} training rows are asked again: what is measured is memory")
+    return rows.select(chosen).to_list()
 
 
 def _hold_out(
