@@ -36,7 +36,7 @@ def about(name: str) -> str:
 def filled(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration with its `preset` filled in: what the configuration says itself goes first.
 
-    Methods that are given replace the preset's; training settings are joined, key by key.
+    Methods that are given replace the preset's; training settings are joined, key by key. Unknown keys pass through.
 
     Raises:
         ConfigError: no such preset.
@@ -45,5 +45,5 @@ def filled(values: dict[str, Any]) -> dict[str, Any]:
         return values
     preset = yaml.safe_load(text(values["preset"]))
     train = values.get("train") or {}
-    own = {"train": {**preset.get("train", {}), **train}} if isinstance(train, dict) else {}
-    return {"methods": preset["methods"]} | values | own
+    joined = {"train": {**preset.get("train", {}), **train}} if isinstance(train, dict) else {}
+    return preset | values | joined
