@@ -209,6 +209,14 @@ def test_a_folder_with_adapters_opens_with_them(tiny_folder, tmp_path):
     assert torch.equal(logits(load_model(str(tmp_path))[0], ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "opt", "gpt2", "falcon"])
+def test_sites_are_the_same_under_lora(kind):
+    plain, adapted = family_model(kind), LoRA(r=2).prepare_model(family_model(kind), Run(directory=None))
+    for model in (plain, adapted):
+        bottleneck.add(model, 4, True, 0)
+    assert list(bottleneck.sites(plain)) == list(bottleneck.sites(adapted))
+
+
 def test_merging_lora_leaves_the_adapters_where_they_are():
     model = family_model("opt")  # its feed-forward part is two bare linear layers
     bottleneck.add(model, 4, True, 0)

@@ -127,7 +127,8 @@ def test_kinds_of_layers_go_with_their_blocks(tmp_path):
     ("kind", "settings", "words"),
     [
         ("mixtral", _LLAMA, "calls no linear layer"),
-        ("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "scale_attn_by_inverse_layer_idx": True}, "depends on a block"),
+        ("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "scale_attn_by_inverse_layer_idx": True},
+         "depends on a block"),
         ("opt", {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 4,
                  "num_attention_heads": 4, "do_layer_norm_before": False}, "change the outputs"),
     ],

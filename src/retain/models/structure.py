@@ -73,10 +73,9 @@ class Block:
         norm = self._writer(attention=True)
         children = {id(m) for m in self.layer.children() if any(True for _ in m.parameters())}
         last = [call.module for call in self.calls if id(call.module) in children][-1]
-        # adapters replace linear layers by others, which would take along what is fixed to them
-        alone = is_linear(last) or hasattr(last, "base_layer")
+        # PEFT replaces linear layers, which would take along what is fixed to them
         after_attention = self.attention if norm is None or is_linear(norm) else norm
-        return after_attention, self.layer if alone else last
+        return after_attention, self.layer if is_linear(last) else last
 
     def _writer(self, attention: bool) -> torch.nn.Module | None:
         """The last linear layer inside or outside of attention, or the norm that is called on what it gave."""
@@ -90,8 +89,8 @@ class Block:
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    """Whether a module is a linear layer, stored either way round."""
-    return isinstance(module, (torch.nn.Linear, Conv1D))
+    """Whether a module is a linear layer, stored either way round, or one with an adapter of PEFT in it."""
+    return isinstance(module, (torch.nn.Linear, Conv1D)) or hasattr(module, "base_layer")
 
 
 def blocks(model: Any) -> list[Block]:
