@@ -79,8 +79,8 @@ def count(model: Any) -> int:
 
 def weights(model: Any, number: int | None = None) -> dict[str, torch.nn.Parameter]:
     """Parameters of one adapter, or of all, by their names in the model."""
-    marks = [f".{NAME}." if number is None else f".{NAME}.{number}."]
-    return {name: p for name, p in params.causal(model).named_parameters() if marks[0] in name}
+    mark = f".{NAME}." if number is None else f".{NAME}.{number}."
+    return {name: p for name, p in params.causal(model).named_parameters() if mark in name}
 
 
 def detach(model: Any) -> dict[str, torch.nn.Sequential]:
