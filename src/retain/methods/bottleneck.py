@@ -11,8 +11,8 @@ Deviations from the paper: behind the feed-forward part alone by default, as in 
     tasks, which are frozen and act as well, so no task number is needed afterwards.
 Cost: 2dm + d + m weights per site and task, m = d/reduction, and their products in every pass, for good.
 Combine with: replay, distill, ewc, interpolate, lora (its factors learn too, and are merged after the task).
-Conflicts: blocks (both freeze all but their own); shield, subspace, packnet (they hold parts of old weights, none
-    of which move here).
+Conflicts: blocks (both hold all but their own); shield, subspace, packnet (they hold parts of old weights, none of
+    which move here); hft (W_up, where it is held, would stay at zero).
 Tune: `reduction` 4–16; learning rate about ten times that of full fine-tuning.
 """
 
@@ -34,7 +34,7 @@ class Bottleneck(Method):
     paper = "arXiv:1902.00751"
     adds_parameters = True
     adds_on_top = True
-    conflicts = frozenset({"blocks", "shield", "subspace", "packnet"})
+    conflicts = frozenset({"blocks", "shield", "subspace", "packnet", "hft"})
     off = {"reduction": 0.0}
 
     class Config(MethodConfig):
