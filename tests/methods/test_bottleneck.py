@@ -1,5 +1,7 @@
 """Bottleneck adapters in training: what learns, with which other methods, and sequences of tasks in the pipeline."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from run_kit import settings, workshop
@@ -12,10 +14,12 @@ from retain import Bottleneck, Distill, Freeze, LoRA, OLoRA, load_run
 from retain.cli import export
 from retain.config import parse
 from retain.errors import ConfigError
+from retain.methods.base import Stack
 from retain.methods.context import Run
 from retain.models import bottleneck, params
 from retain.models.load import load_model
 from retain.pipeline import run
+from retain.training import guards
 from retain.training.trainer import ContinualTrainer
 
 
@@ -115,6 +119,13 @@ def test_a_quantised_base_is_refused():
     model.is_quantized = True
     with pytest.raises(ConfigError, match="quantize: none"):
         Bottleneck().prepare_model(model, place())
+
+
+def test_shards_are_refused():
+    model = Bottleneck().prepare_model(tiny_model(tiny_tokenizer()), place())
+    host = SimpleNamespace(model=model, args=None, is_deepspeed_enabled=False, is_fsdp_enabled=True)
+    with pytest.raises(ConfigError, match="Use DDP"):
+        guards.check_host(host, Stack([Bottleneck()]))
 
 
 # -- the whole pipeline ------------------------------------------------------------------------------------
