@@ -6,6 +6,7 @@ import ast
 import itertools
 import re
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -28,18 +29,21 @@ def clash(first: type[Method], second: type[Method]) -> bool:
     return second.name in first.conflicts or first.name in second.conflicts
 
 
-def together() -> list[Method]:
+def together(names: Iterable[str]) -> list[Method]:
     """All methods at once, leaving out any that clashes with one before it."""
     chosen: list[type[Method]] = []
-    for name in NAMES:
+    for name in names:
         method = methods.load(name)
         if not any(clash(method, other) for other in chosen):
             chosen.append(method)
     return [method() for method in chosen]
 
 
-#: Each method alone, and all of them at once.
-TEAMS = {name: (lambda name=name: [methods.load(name)()]) for name in NAMES} | {"all": together}
+#: Each method alone, and all of them at once: whoever comes first, and whoever comes last, keeps its place.
+TEAMS = {name: (lambda name=name: [methods.load(name)()]) for name in NAMES} | {
+    "all": lambda: together(NAMES),
+    "all from the last": lambda: together(reversed(NAMES)),
+}
 PAIRS = [pair for pair in itertools.combinations(NAMES, 2) if not clash(methods.load(pair[0]), methods.load(pair[1]))]
 
 
@@ -68,7 +72,8 @@ def test_off_is_plain_training_bit_for_bit(method, baseline, tmp_path):
 def test_default_settings_change_the_weights(method, baseline, tmp_path):
     # old rows that the new ones work against: where nothing clashes, some methods rightly do nothing
     after = merged(train([method()], tmp_path, old=other_rows()).model)
-    assert (distance(after, baseline) > 1e-6) == method().active
+    grown = after.keys() != baseline.keys()  # what a method adds for good was found to learn, or it has no gradient
+    assert (grown or distance(after, baseline) > 1e-6) == method().active
 
 
 def test_result_does_not_depend_on_accumulation(team, tmp_path):

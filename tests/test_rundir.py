@@ -115,10 +115,10 @@ def test_a_task_is_done_when_its_model_is_whole(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("retain.rundir.write_text", lambda *_: (_ for _ in ()).throw(OSError("killed")))
         with pytest.raises(OSError, match="killed"):
-            place.save_task("01-a", model, {"steps": 3})
+            place.save_task("01-a", {"model": model.save_pretrained}, {"steps": 3})
     assert place.done("01-a") is None
     assert (folder / "checkpoint-2").is_dir()  # still there to go on from
-    place.save_task("01-a", model, {"steps": 3})
+    place.save_task("01-a", {"model": model.save_pretrained}, {"steps": 3})
     assert place.done("01-a") == {"steps": 3, "kind": "model"}
     assert sorted(f.name for f in folder.iterdir()) == ["done.json", "model"]
     assert not (folder / "model" / "rest").exists()

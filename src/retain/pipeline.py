@@ -52,7 +52,7 @@ def plan(config: RunConfig) -> Plan:
             "model.quantize: on a quantised base one adapter learns all tasks, and `interpolate` needs a fresh one "
             "for each. Remove `interpolate`, give one task, or set `quantize: none`."
         )
-    train = arguments.complete(config.train, lora="lora" in names)
+    train = arguments.complete(config.train, lora=any(m.adds_parameters for m in stack.methods))
     stages = [BASE] + [stage_name(i, name) for i, name in enumerate(config.task_names, 1)]
     return Plan(config, stack, train, stages)
 
@@ -181,7 +181,7 @@ class _Runner:
 
         from retain.methods.context import Run
         from retain.models import params
-        from retain.models.load import settled
+        from retain.models.load import parts, settled
         from retain.training import checkpoint
         from retain.training.trainer import ContinualTrainer
         from retain.training.watch import Bar, Record
@@ -237,7 +237,7 @@ class _Runner:
             final_loss=next((float(e["loss"]) for e in reversed(trainer.state.log_history) if "loss" in e), None),
         )
         if self.ranks.is_main_process:
-            self.place.save_task(stage, trainer.model, summary.model_dump())
+            self.place.save_task(stage, parts(trainer.model), summary.model_dump())
         self.model = (index, settled(trainer.model))
 
 
@@ -250,7 +250,7 @@ def _ranks(use_cpu: bool) -> Any:
 
 
 def load_run(directory: str | Path, stage: str | None = None, task: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of a run, after its last task or after `stage`; adapters are merged.
+    """(model, tokenizer) of a run, after its last task or after `stage`; adapters are merged, bottlenecks stay on.
 
     With `task`, the model as it was right after that task, taken out of the model of the stage: for methods that keep
     what a task learned apart from what later ones did (`packnet`).

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -110,16 +111,20 @@ class RunDirectory:
         except ValueError as error:
             raise RunError(f"{mark}: damaged ({error}). Delete it; the task is then trained again.") from error
 
-    def save_task(self, stage: str, model: Any, summary: dict[str, Any]) -> None:
-        """Write a task's model under a temporary name, rename it, then mark the task done and drop checkpoints."""
+    def save_task(self, stage: str, parts: Mapping[str, Callable[[Path], Any]], summary: dict[str, Any]) -> None:
+        """Write a task's model under temporary names, rename them, then mark the task done and drop checkpoints.
+
+        Args:
+            parts: what the model consists of, by folder name (`models.load.parts`): each writes the folder it is given.
+        """
         folder = self.task(stage)
-        kind = "adapter" if hasattr(model, "peft_config") else "model"
-        partial, final = folder / f"{kind}.part", folder / kind
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        model.save_pretrained(partial)
-        os.replace(partial, final)
-        write_text(folder / "done.json", json.dumps({**summary, "kind": kind}, indent=1) + "\n")
+        for name, write in parts.items():
+            partial, final = folder / f"{name}.part", folder / name
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+            write(partial)
+            os.replace(partial, final)
+        write_text(folder / "done.json", json.dumps({**summary, "kind": "+".join(parts)}, indent=1) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
 

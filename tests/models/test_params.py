@@ -153,3 +153,19 @@ def test_pairs_are_those_of_the_active_adapter_that_learns():
     assert len(params.lora_pairs(model)) == 3 * 7
     assert params.lora_pairs(family_model("llama")) == {}
     assert set(params.outside_lora(family_model("llama"))) == set(params.trainable(family_model("llama")))
+
+
+def test_start_weights_of_a_half_frozen_half_precision_model_act_as_the_weights_did():
+    """Copies are kept in float32; beside bfloat16 weights that are frozen they act in bfloat16 again."""
+    model = family_model("llama").bfloat16()
+    for layer in params.decoder_layers(model)[:2]:
+        layer.requires_grad_(False)
+    inputs = {"input_ids": token_batch(2, 5)}
+    before, head = params.hidden_states(model, inputs), params.head(model)[0].clone()
+    start = params.snapshot(params.trainable(model))
+    with torch.no_grad():
+        for p in params.trainable(model).values():
+            p.add_(0.1)
+    assert not torch.equal(params.hidden_states(model, inputs), before)
+    assert torch.equal(params.hidden_states(model, inputs, start), before)
+    assert torch.equal(params.head(model, start)[0], head)

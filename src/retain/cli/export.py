@@ -22,9 +22,17 @@ def command(
     if Path(to).exists():
         raise RunError(f"{to}: exists already. Choose a new folder.")
     quiet_libraries()
+    from retain.models import bottleneck
+    from retain.models.load import save_base
     from retain.pipeline import load_run
 
     model, tokenizer = load_run(run, stage, task)
-    model.save_pretrained(to)
+    save_base(model, to)
     tokenizer.save_pretrained(to)
     typer.echo(f"Model: {to}")
+    if bottleneck.count(model):
+        bottleneck.save(model, Path(to) / bottleneck.NAME)
+        typer.echo(
+            f"Bottleneck adapters cannot be merged; they are in {to}/{bottleneck.NAME}, and only retain puts them on. "
+            "For transformers and vLLM this is the base without them."
+        )

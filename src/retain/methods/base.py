@@ -41,6 +41,7 @@ class Method:
     edits_gradients: ClassVar[bool] = False  # touches gradients or weights itself: refused under DeepSpeed
     swaps_weights: ClassVar[bool] = False  # runs the model with other weights in place: refused on shards
     adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
+    adds_on_top: ClassVar[bool] = False  # of those, the ones to come after what wraps the model, which freezes the rest
     repeats_batches: ClassVar[bool] = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
 
@@ -167,7 +168,7 @@ class Stack(Method):
         return data
 
     def prepare_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
-        for method in sorted(self.methods, key=lambda m: not m.adds_parameters):
+        for method in sorted(self.methods, key=lambda m: (not m.adds_parameters, m.adds_on_top)):
             model = method.prepare_model(model, run)
         return model
 

@@ -12,7 +12,8 @@ Deviations from the paper: the states of the last layer only, where the paper's 
 Cost: one copy of the trainable weights; one more forward pass over the rows that the consistency applies to.
 Combine with: replay (as in the paper; without it the consistency applies to the new rows), label_smoothing, lora
     (its settings; without it an adapter of default settings).
-Conflicts: slao (which also says what the adapter is at the end of a task), packnet (which keeps single weights).
+Conflicts: slao (which also says what the adapter is at the end of a task), packnet (which keeps single
+    weights), blocks (which trains whole ones).
 Tune: `decay` about 1 − 10 / steps, so that the slow adapter arrives; `consistency` 0.1–10.
 """
 

@@ -8,7 +8,7 @@ Deviations from the paper: works with LoRA, by holding columns of A at 0. Embedd
     rows of special tokens, which stay as in the authors' code; norms and biases learn.
 Cost: one pass over `samples` rows per task; O(parameters) per step.
 Combine with: replay, distill, lora, ewc; list it last, so that it also undoes what others do after a step.
-Conflicts: slao (whose adapters do not begin at zero).
+Conflicts: slao (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight).
 Tune: `share` 0.5; more keeps more and learns less.
 """
 

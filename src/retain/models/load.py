@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, Any]:
-    """(model, tokenizer) in float32 unless the configuration says otherwise; adapters are merged.
+    """(model, tokenizer) in float32 unless the configuration says otherwise; adapters are merged, bottlenecks put on.
 
     Without `tokenizer` none is loaded and None is returned for it.
 
@@ -82,7 +83,16 @@ def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, 
         ) from error
     if config.quantize == "4bit":
         _right_on_cpu(model)
+    _put_on(model, Path(where))
     return model, words
+
+
+def _put_on(model: Any, folder: Path) -> None:
+    """Bottleneck adapters that lie in a model's or a task's folder."""
+    from retain.models import bottleneck
+
+    if (folder / bottleneck.NAME).is_dir():
+        bottleneck.load(model, folder / bottleneck.NAME)
 
 
 def _right_on_cpu(model: Any) -> None:
@@ -132,7 +142,7 @@ def _first_line(error: Exception) -> str:
 
 
 def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False) -> Any:
-    """The model after a sequence of finished tasks, given their folders (each with `adapter` or `model`).
+    """The model after a sequence of finished tasks, given their folders (each with the `parts` that were written).
 
     Adapters are merged in order, exactly as while training (`settled`); with `merged` also where the base is
     quantised, whose weights become ordinary ones of the same values first.
@@ -149,9 +159,34 @@ def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False) -> 
         model, _ = load_model(config, tokenizer=False)
     if merged and getattr(model, "is_quantized", False):
         model = model.dequantize()
-    for folder in tasks[first + 1 :]:
-        model = settled(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True))
+    for folder in tasks[max(first, 0) :]:
+        if (folder / "adapter").is_dir():
+            model = settled(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True))
+        _put_on(model, folder)
     return model
+
+
+def parts(model: Any) -> dict[str, Callable[[Path], Any]]:
+    """What is written of a model after a task, by folder: a PEFT `adapter` or the whole `model`, and `bottleneck`."""
+    from retain.models import bottleneck, params
+
+    own = bottleneck.count(model)
+    if not own:
+        return {"adapter" if hasattr(model, "peft_config") else "model": model.save_pretrained}
+    last = {bottleneck.NAME: lambda folder: bottleneck.save(model, folder, own - 1)}
+    if hasattr(model, "peft_config"):
+        return {"adapter": model.save_pretrained} | last
+    if params.trainable(model).keys() <= bottleneck.weights(model).keys():
+        return dict(last)  # the base has not moved
+    return {"model": lambda folder: save_base(model, folder), bottleneck.NAME: lambda f: bottleneck.save(model, f)}
+
+
+def save_base(model: Any, folder: Path | str) -> None:
+    """Write a model's folder, without bottleneck adapters."""
+    from retain.models import bottleneck
+
+    with bottleneck.detached(model):
+        model.save_pretrained(folder)
 
 
 def settled(model: Any) -> Any:

@@ -120,6 +120,8 @@ def head(model: Any, weights: Tensors | None = None) -> tuple[torch.Tensor, torc
     for tensor in (layer.weight, getattr(layer, "bias", None)):
         name = next((n for n, p in whole.named_parameters() if p is tensor), None) if weights else None
         value = weights.get(name, tensor) if weights and name else tensor
+        if value is not None and tensor is not None:
+            value = value.to(tensor.dtype)
         found.append(value.full_tensor() if isinstance(value, DTensor) else value)
     return found[0], found[1]  # type: ignore[return-value]
 
@@ -148,6 +150,8 @@ def hidden_states(model: Any, inputs: dict[str, Any], weights: Tensors | None = 
         return backbone(**inputs).last_hidden_state
     prefix = whole.base_model_prefix + "."
     inner = {name[len(prefix) :]: t for name, t in weights.items() if name.startswith(prefix)}
+    # copies of half-precision weights are wider; beside weights that do not learn they must fit
+    inner = {name: t.to(backbone.get_parameter(name).dtype) for name, t in inner.items()}
     return torch.func.functional_call(backbone, inner, (), inputs).last_hidden_state
 
 

@@ -22,12 +22,15 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-#: Full fine-tuning moves every weight: a tenth of LoRA's rate.
+#: Full fine-tuning moves every weight: a tenth of the rate of weights that were added.
 FULL_LEARNING_RATE = 2e-5
 
 
 def complete(given: dict[str, Any], lora: bool) -> dict[str, Any]:
     """Fields of `trl.SFTConfig`: those given, and ours for the rest, which depend on the machine.
+
+    Args:
+        lora: what learns was added to the model (by LoRA, or by another method that adds weights).
 
     Raises:
         ConfigError: an unknown or reserved key.

@@ -14,15 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from retain.errors import RunError
-from retain.models import params
+from retain.models import bottleneck, params
 
 STATE = "method_state.safetensors"
 MARK = "complete.json"  # written last: sizes of all files, so that a half-written folder is never used
 START = "start.safetensors"
+BESIDE = "model/"  # before the names of weights among the methods' tensors
 
 
-def complete(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Add the methods' tensors to a checkpoint and mark it complete."""
+def complete(folder: Path, state: dict[str, torch.Tensor], model: Any = None) -> None:
+    """Add the methods' tensors to a checkpoint, and what the host left out of the model, and mark it complete."""
+    state = state | {BESIDE + name: p for name, p in _beside(model).items()}
     if state:
         _save({name: params.local(t).detach().cpu().contiguous() for name, t in state.items()}, folder / STATE)
     sizes = {
@@ -36,6 +38,20 @@ def complete(folder: Path, state: dict[str, torch.Tensor]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / MARK)
+
+
+def _beside(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Weights that the host does not write: of a model under PEFT it writes PEFT's own alone."""
+    return bottleneck.weights(model) if hasattr(model, "peft_config") else {}
+
+
+@torch.no_grad()
+def put_back(folder: Path, model: Any) -> None:
+    """Give weights that the host does not write the values that they have in a checkpoint."""
+    held = _beside(model)
+    kept = load_state(folder) if held else {}
+    for name, parameter in held.items():
+        parameter.copy_(kept[BESIDE + name])
 
 
 def newest(output: Path) -> Path | None:

@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from retain.errors import ConfigError
 from retain.methods.base import Stack
 from retain.methods.context import Run
-from retain.models import params
+from retain.models import bottleneck, params
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ def check_host(trainer: Any, stack: Stack) -> None:
     """Refuse combinations of trainer and methods that would do nothing or the wrong thing.
 
     Raises:
-        ConfigError: DeepSpeed or fp16 with methods that edit gradients, shards with methods that swap weights,
-            or nothing to train.
+        ConfigError: DeepSpeed or fp16 with methods that edit gradients, shards with methods that swap weights or
+            with bottleneck adapters, or nothing to train.
     """
     editors = [m.name for m in stack.methods if m.edits_gradients]
     if editors and trainer.is_deepspeed_enabled:
@@ -44,6 +44,10 @@ def check_host(trainer: Any, stack: Stack) -> None:
         raise ConfigError(
             f"methods.{swappers[0]}: runs the model with its start weights in place, which shards do not allow. "
             "Use DDP, with `lora` where the model is large."
+        )
+    if trainer.is_fsdp_enabled and trainer.model is not None and bottleneck.count(trainer.model):
+        raise ConfigError(
+            "model: bottleneck adapters cannot be written from shards yet. Use DDP, or `lora` in place of `bottleneck`."
         )
     if trainer.model is not None and not params.trainable(trainer.model):
         raise ConfigError("model: no parameter is trainable. A quantised model needs `lora`; or freeze less.")

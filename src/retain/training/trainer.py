@@ -362,7 +362,11 @@ class ContinualMixin(_Host):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            checkpoint.complete(folder, self.stack.state_dict())
+            checkpoint.complete(folder, self.stack.state_dict(), self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint.put_back(Path(resume_from_checkpoint), self.model)
 
 
 class _AfterStep(TrainerCallback):
