@@ -26,7 +26,7 @@ SOURCES = Path(retain.__file__).parent / "methods"
 
 
 def clash(first: type[Method], second: type[Method]) -> bool:
-    return second.name in first.conflicts or first.name in second.conflicts
+    return bool(first.clash(second) or second.clash(first))
 
 
 def together(names: Iterable[str]) -> list[Method]:
@@ -112,6 +112,16 @@ def test_every_two_methods_compose(first, second, tmp_path):
     assert made.state.global_step == 2
 
 
+def test_what_learns_from_its_own_answers_takes_no_method_that_reads_given_ones(method):
+    """And the other way round: those that it takes are those which act on weights alone."""
+    reads = method.reads_answers() or methods.load(method.name)().repeats_batches
+    for name in NAMES:
+        writer = methods.load(name)
+        if writer.on_policy and writer is not method:
+            assert clash(writer, method) == bool(reads or method.on_policy)
+            assert len(writer.on_policy) > 20, "say why"
+
+
 def test_methods_that_clash_say_so(tmp_path):
     clashing = [pair for pair in itertools.combinations(NAMES, 2) if pair not in PAIRS]
     for first, second in clashing:
@@ -188,6 +198,16 @@ def test_unknown_setting_gets_a_suggestion(method):
     assert "\n" not in str(caught.value)
 
 
+def test_nothing_that_turns_it_off_may_be_negative(method):
+    """A bound is easily lost when a setting is declared anew for another default."""
+    for name, value in method.off.items():
+        if type(value) is not float:
+            continue
+        with pytest.raises(ConfigError, match=rf"^methods\.{method.name}\.{name}: ") as caught:
+            method(**{name: -1.0})
+        assert "\n" not in str(caught.value)
+
+
 def test_every_setting_is_documented_and_frozen(method):
     for name, field in method.Config.model_fields.items():
         assert field.description, f"{method.name}.{name} has no text under it"
@@ -230,7 +250,10 @@ def test_docstring_names_the_conflicts(method):
     doc = methods.summaries()[method.name]["doc"]
     said = re.split(r"\n(?=\S)", doc.split("Conflicts:")[1])[0]
     clashing = {name for name in NAMES if clash(method, methods.load(name))}
-    assert {word for word in re.findall(r"\w+", said) if word in NAMES} - {"none"} == clashing
+    # what clashes with every method that reads given answers says that, and each of those need not name it
+    named = {name for name in clashing if not method.on_policy and not methods.load(name).on_policy}
+    assert {word for word in re.findall(r"\w+", said) if word in NAMES} - {"none"} == named
+    assert ("every method that works on the supervised tokens" in said) == bool(method.on_policy)
     advised = re.split(r"Conflicts:|\n(?=\S)", doc.split("Combine with:")[1])[0]
     assert not clashing & set(re.findall(r"\w+", advised)), "advises a combination that is refused"
 

@@ -13,9 +13,10 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
-from retain.methods.base import Method
+from retain.methods.base import Method, Stack
 from retain.methods.context import Run
 from retain.models import params
+from retain.training.on_policy import ContinualSDFTTrainer, sdft_arguments
 from retain.training.trainer import ContinualTrainer
 
 disable_progress_bars()
@@ -70,6 +71,20 @@ class Spy(ContinualTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+class WritingSpy(ContinualSDFTTrainer):
+    """Remembers every micro-batch of a training on answers that the model writes, in the same words."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seen: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        lengths = inputs["completion_mask"].sum(1).tolist()
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        self.seen.append({"ids": ids.tolist(), "tokens": lengths, "source": [0] * len(ids)})
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 class StopAt(TrainerCallback):
     """Kills a run, as an exception, when a step has ended."""
 
@@ -97,14 +112,18 @@ def trainer(
     run: Run | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **settings: Any,
-) -> Spy:
-    """A trainer over the tiny model; `settings` go to `SFTConfig`, `old` defaults to 12 rows of its own."""
+) -> Any:
+    """A trainer over the tiny model: a `Spy`, or a `WritingSpy` for a method that learns from the model's own answers.
+
+    `settings` go to `SFTConfig` or `SDFTConfig`, `old` defaults to 12 rows of its own.
+    """
     options = {"learning_rate": 1e-2, "max_length": 64, "save_strategy": "no", "bf16": False, "logging_steps": 1}
     quiet = {"use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
-    args = SFTConfig(str(folder), max_steps=steps, per_device_train_batch_size=batch, **(options | quiet | settings))
-    made = Spy(
+    options |= {"output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": batch} | quiet | settings
+    writer = Stack(methods).writer
+    made = (Spy if writer is None else WritingSpy)(
         tiny_model(tiny_tokenizer()) if model is None else model,
-        args,
+        SFTConfig(**options) if writer is None else sdft_arguments(options, writer.fields()),
         train_dataset=rows(16) if train_rows is None else train_rows,
         processing_class=tiny_tokenizer(),
         methods=methods,
@@ -116,7 +135,7 @@ def trainer(
     return made
 
 
-def train(methods: Sequence[Method], folder: Path, model: Any = None, **settings: Any) -> Spy:
+def train(methods: Sequence[Method], folder: Path, model: Any = None, **settings: Any) -> Any:
     """A finished training; arguments as in `trainer`."""
     made = trainer(methods, folder, model, **settings)
     made.train()

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ContinualTrainer": "retain.training.trainer",
     "ContinualMixin": "retain.training.trainer",
+    "ContinualSDFTTrainer": "retain.training.on_policy",
     "run": "retain.pipeline",
     "load_run": "retain.pipeline",
     "read_config": "retain.config",

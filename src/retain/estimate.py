@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,9 @@ class _Estimator:
         self.notes = [
             f"{name}: what it keeps and computes is not counted" for name in self.methods if name not in KNOWN
         ]
+        distill = self.methods.get("distill")
+        if distill is not None and (distill.rows == "text" or distill.teacher != "start"):
+            self.notes.append("distill: its texts, and a teacher other than the start, are not counted")
 
     def run(self, tasks: Sequence[Task], probes: Sequence[Probe]) -> Estimate:
         work = self._work(tasks)
@@ -163,7 +166,7 @@ class _Estimator:
 
     def _taught(self, work: TaskWork) -> TaskWork:
         """The same with the rows that a teacher reads."""
-        if "distill" not in self.methods:
+        if "distill" not in self.methods or self.methods["distill"].rows == "text":
             return work
         share = work.replayed / (work.steps * work.batches * work.usual.rows)
         part = {"all": 1.0, "new": 1 - share, "replay": share, "auto": share or 1.0}[self.methods["distill"].rows]
@@ -300,8 +303,9 @@ class _Estimator:
 def _arguments(train: dict[str, Any], folder: str) -> Any:
     from trl import SFTConfig
 
+    known = {f.name for f in fields(SFTConfig)}  # a method that writes its own answers has others, too
     try:
-        return SFTConfig(**train, output_dir=folder)
+        return SFTConfig(**{name: value for name, value in train.items() if name in known}, output_dir=folder)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train: trl.SFTConfig says: {_first(error)}. Change that setting.") from None
 

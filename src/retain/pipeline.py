@@ -52,7 +52,16 @@ def plan(config: RunConfig) -> Plan:
             "model.quantize: on a quantised base one adapter learns all tasks, and `interpolate` needs a fresh one "
             "for each. Remove `interpolate`, give one task, or set `quantize: none`."
         )
-    train = arguments.complete(config.train, lora=any(m.adds_parameters for m in stack.methods))
+    on_policy = stack.writer.name if stack.writer is not None else ""
+    for name, task in zip(config.task_names, config.tasks):
+        if on_policy and (task.on != "completion" or task.streaming):
+            setting = "streaming" if task.streaming else "on"
+            raise ConfigError(
+                f"tasks.{name}.{setting}: not with `{on_policy}`, which learns from answers that the model writes. "
+                "Remove it."
+            )
+    lora = any(m.adds_parameters for m in stack.methods)
+    train = arguments.complete(config.train, lora=lora, on_policy=on_policy)
     stages = [BASE] + [stage_name(i, name) for i, name in enumerate(config.task_names, 1)]
     return Plan(config, stack, train, stages)
 
@@ -92,6 +101,7 @@ class _Runner:
         with self.ranks.main_process_first():  # one process fills the caches
             self.tasks = load_tasks(config, self.tokenizer, self.plan.train.get("max_length"), self.say)
             self.old = load_old(config)
+        self.plan.stack.check_inputs(self.tokenizer)
         methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
         self.model: Any = None
         # under torchrun all processes train; the main one alone writes and probes, the others wait for it
@@ -190,7 +200,14 @@ class _Runner:
         own = {"output_dir": str(folder), "seed": self.config.seed + index, "disable_tqdm": True}
         if self.config.tasks[index - 1].on == "assistant" and task.form != "text":
             own["assistant_only_loss"] = True
-        args = SFTConfig(**(self.plan.train | own))
+        stack = Stack(build(self.config.methods))
+        host: Any = ContinualTrainer
+        if stack.writer is None:
+            args = SFTConfig(**(self.plan.train | own))
+        else:
+            from retain.training.on_policy import ContinualSDFTTrainer, sdft_arguments
+
+            host, args = ContinualSDFTTrainer, sdft_arguments(self.plan.train | own, stack.writer.fields())
         context = Run(
             folder,
             task=task.name,
@@ -202,9 +219,8 @@ class _Runner:
             say=self.say,
         )
         last = checkpoint.newest(folder)
-        stack = Stack(build(self.config.methods))
         bar = Bar(f"learning {task.name}")
-        trainer = ContinualTrainer(
+        trainer = host(
             self._model_of(index - 1),
             args,
             train_dataset=task.rows,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,35 @@ def _only(rows: Any, names: list[str], only: dict[str, list[Any]], label: str) -
         shown = " and ".join(f"{column} in {values}" for column, values in only.items())
         raise DataError(f"{label}: no row has {shown}. Give other values.")
     return rows
+
+
+def load_texts(where: str | Path) -> Dataset:
+    """Plain texts, in one column `text`: from a `.txt` file, whose texts stand between empty lines, or any rows that
+    have this column.
+
+    Raises:
+        DataError: as `load_rows`; rows of another form; no text in the file.
+    """
+    from datasets import Dataset
+
+    path = Path(where).expanduser()
+    if path.is_file() and path.suffix == ".txt":
+        try:
+            parts = re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error}). Save it as UTF-8 text.") from error
+        texts = [part.strip() for part in parts if part.strip()]
+    else:
+        rows = load_rows(where)
+        if "text" not in rows.column_names:
+            raise DataError(
+                f"{where}: columns {', '.join(rows.column_names)}; plain texts need a column 'text'. "
+                "Rename one, or give a .txt file."
+            )
+        texts = [text for text in rows["text"] if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise DataError(f"{where}: no text in it. Give at least one.")
+    return Dataset.from_dict({"text": texts})
 
 
 def locate(where: str | Path, split: str = "train") -> Path | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from retain.errors import ConfigError, unknown
 
@@ -30,6 +30,13 @@ class Strength(MethodConfig):
     strength: float = Field(1.0, ge=0)
     """How strongly the method acts; 0 is off."""
 
+    @field_validator("strength")
+    @classmethod
+    def _not_negative(cls, value: float) -> float:
+        if value < 0:  # here as well, since a subclass that gives another default loses the bound of the field
+            raise ValueError("Input should be greater than or equal to 0")
+        return value
+
 
 class Method:
     """One idea against forgetting. The file is named as the method is in the configuration."""
@@ -42,7 +49,9 @@ class Method:
     swaps_weights: ClassVar[bool] = False  # runs the model with other weights in place: refused on shards
     adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
     adds_on_top: ClassVar[bool] = False  # of those, the ones to come after what wraps the model, which freezes the rest
-    repeats_batches: ClassVar[bool] = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
+    repeats_batches: bool = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
+    adds_rows: ClassVar[bool] = True  # whether its `prepare_data`, where it has one, adds rows
+    on_policy: ClassVar[str] = ""  # why there are no supervised tokens: it learns from answers that the model writes
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
 
     class Config(Strength):
@@ -65,6 +74,24 @@ class Method:
     def needs(self) -> frozenset[str]:
         """What must be there: "old" (rows that stand for old data)."""
         return frozenset()
+
+    @classmethod
+    def reads_answers(cls) -> bool:
+        """Whether it works on the supervised tokens of batches, or adds rows that have some."""
+        hooks = ("batch_loss", "token_weights", *(("prepare_data",) if cls.adds_rows else ()))
+        return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks) or bool(cls.repeats_batches)
+
+    @classmethod
+    def clash(cls, other: type[Method]) -> str:
+        """Why it cannot be combined with another method; "" when it can, as far as this one knows."""
+        if other.name in cls.conflicts:
+            return f"{cls.__name__} says so"
+        if cls.on_policy and (other.on_policy or other.reads_answers()):
+            return f"{cls.name} learns from answers that the model writes, {other.name} from those of the rows"
+        return ""
+
+    def check_inputs(self, tokenizer: Any) -> None:
+        """Find what is wrong with files and models that the settings name, before anything is written."""
 
     # -- once per task, before training ------------------------------------------------------------------
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
@@ -143,15 +170,21 @@ class Stack(Method):
         self.methods = [m for m in given if m.active]
         for method in self.methods:
             for other in self.methods:
-                if other.name in method.conflicts:
+                reason = "" if other is method else type(method).clash(type(other))
+                if reason:
                     raise ConfigError(
-                        f"methods: '{method.name}' and '{other.name}' cannot be combined "
-                        f"({type(method).__name__} says so). Remove one of them."
+                        f"methods: '{method.name}' and '{other.name}' cannot be combined ({reason}). "
+                        "Remove one of them."
                     )
 
     @property
     def active(self) -> bool:
         return bool(self.methods)
+
+    @property
+    def writer(self) -> Any:
+        """The method that learns from answers which the model writes; None when there is none."""
+        return next((m for m in self.methods if m.on_policy), None)
 
     def check_needs(self, available: frozenset[str]) -> None:
         """Raise ConfigError when a method lacks what it needs."""
@@ -161,6 +194,10 @@ class Stack(Method):
         for method in self.methods:
             for need in sorted(method.needs - available):
                 raise ConfigError(f"methods.{method.name}: needs '{need}', which is missing; {advice[need]}.")
+
+    def check_inputs(self, tokenizer: Any) -> None:
+        for method in self.methods:
+            method.check_inputs(tokenizer)
 
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         for method in self.methods:

@@ -50,6 +50,31 @@ class Batch:
         """Mask [B, T−1] of the positions whose *next* token is learned."""
         return self.labels[:, 1:] != -100
 
+    def of(self, rows: str, method: str) -> torch.Tensor:
+        """Mask [B] of the rows of an origin: all, new, or replay.
+
+        Raises:
+            ConfigError: the rows of this batch were made one, so that their origin is lost; names the method.
+        """
+        if rows == "all":
+            return torch.ones_like(self.labels[:, 0], dtype=torch.bool)
+        if len(self.source) != len(self.labels):
+            raise ConfigError(
+                f"methods.{method}.rows: rows are flattened by padding-free packing, so new and replayed ones "
+                "cannot be told apart. Set `rows: all` or `padding_free: false`."
+            )
+        return self.source == 0 if rows == "new" else self.source > 0
+
+
+def select(inputs: dict[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
+    """What the model is called with, for the rows of a mask [B] alone."""
+    if bool(chosen.all()):
+        return inputs
+    return {
+        key: value[chosen] if torch.is_tensor(value) and value.shape[:1] == chosen.shape else value
+        for key, value in inputs.items()
+    }
+
 
 class StepBatch(NamedTuple):
     """A micro-batch to be run again: what the model is called with, labels [B, T], origin [B]."""

@@ -42,6 +42,7 @@ class SLAO(Method):
     edits_gradients = True
     conflicts = frozenset({"olora", "ilora", "interpolate"})
     off = {"weight": "none"}
+    adds_rows = False  # its `prepare_data` only begins
 
     class Config(MethodConfig):
         weight: Literal["sqrt", "mean", "last", "none"] = "sqrt"

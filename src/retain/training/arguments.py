@@ -22,12 +22,26 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
+RESERVED = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "disable_tqdm", "logging_nan_inf_filter"}
+#: How fields of SDFTConfig begin that are settings of the method `sdft`.
+METHODS_OWN = (
+    "distillation_",
+    "teacher_",
+    "num_loss_tokens_to_skip",
+    "num_generations",
+    "generate_from_teacher",
+    "max_completion_length",
+    "temperature",
+)
 #: Full fine-tuning moves every weight: a tenth of the rate of weights that were added.
 FULL_LEARNING_RATE = 2e-5
 
 
-def complete(given: dict[str, Any], lora: bool) -> dict[str, Any]:
+def complete(given: dict[str, Any], lora: bool, on_policy: str = "") -> dict[str, Any]:
     """Fields of `trl.SFTConfig`: those given, and ours for the rest, which depend on the machine.
+
+    With `on_policy`, the name of a method that learns from answers which the model writes, they are those of
+    `trl.experimental.sdft.SDFTConfig`, and `max_length`, there of a prompt with the given answer.
 
     Args:
         lora: what learns was added to the model (by LoRA, or by another method that adds weights).
@@ -40,7 +54,10 @@ def complete(given: dict[str, Any], lora: bool) -> dict[str, Any]:
     from retain.models.params import computes_bf16
 
     train = {**DEFAULTS, **({} if lora else {"learning_rate": FULL_LEARNING_RATE}), **given}
-    check(train)
+    if on_policy:
+        check_on_policy(train, on_policy)
+    else:
+        check(train)
     if not torch.accelerator.is_available():
         train.setdefault("use_cpu", True)  # bfloat16 on a CPU has to be asked for in this way
         # TRL's default trades a third more computing for memory, which a small model on a CPU does not lack
@@ -58,12 +75,35 @@ def check(train: dict[str, Any]) -> None:
     """
     from trl import SFTConfig
 
-    known = {f.name for f in dataclasses.fields(SFTConfig)}
-    reserved = {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "disable_tqdm", "logging_nan_inf_filter"}
+    _known(train, {f.name for f in dataclasses.fields(SFTConfig)}, "trl.SFTConfig")
+
+
+def check_on_policy(train: dict[str, Any], method: str) -> None:
+    """Every key must be a field of TRL's SDFTConfig that the method does not set itself, or `max_length`.
+
+    Raises:
+        ConfigError: an unknown or reserved key, or one that belongs to learning from given answers.
+    """
+    from trl import SFTConfig
+    from trl.experimental.sdft import SDFTConfig
+
+    known = {f.name for f in dataclasses.fields(SDFTConfig)}
     for key in train:
-        if key in reserved:
+        if key.startswith(METHODS_OWN):
+            raise ConfigError(f"train.{key}: a setting of the method. Set it under `methods: {method}`.")
+        if key not in known | {"max_length"} and key in {f.name for f in dataclasses.fields(SFTConfig)}:
+            raise ConfigError(
+                f"train.{key}: has no effect with `{method}`, which learns from answers that the model writes. "
+                "Remove it."
+            )
+    _known(train, known | {"max_length"}, "trl.experimental.sdft.SDFTConfig")
+
+
+def _known(train: dict[str, Any], known: set[str], where: str) -> None:
+    for key in train:
+        if key in RESERVED:
             raise ConfigError(f"train.{key}: set by the run itself (see `seed` and `output`). Remove it.")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"train: unknown '{key}'.{hint} Allowed: any field of trl.SFTConfig.")
+            raise ConfigError(f"train: unknown '{key}'.{hint} Allowed: any field of {where}.")

@@ -25,9 +25,15 @@ def check_host(trainer: Any, stack: Stack) -> None:
     """Refuse combinations of trainer and methods that would do nothing or the wrong thing.
 
     Raises:
-        ConfigError: DeepSpeed or fp16 with methods that edit gradients, shards with methods that swap weights or
-            with bottleneck adapters, or nothing to train.
+        ConfigError: a method that writes its own answers under a trainer that learns from given ones, DeepSpeed or
+            fp16 with methods that edit gradients, shards with methods that swap weights or with bottleneck adapters,
+            or nothing to train.
     """
+    if stack.writer is not None and not trainer.on_policy:
+        raise ConfigError(
+            f"methods.{stack.writer.name}: learns from answers that the model writes, which this trainer does not do. "
+            "Use `ContinualSDFTTrainer`."
+        )
     editors = [m.name for m in stack.methods if m.edits_gradients]
     if editors and trainer.is_deepspeed_enabled:
         raise ConfigError(

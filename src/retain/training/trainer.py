@@ -58,6 +58,7 @@ class ContinualMixin(_Host):
     args: Any
     model: Any
     _signature_columns: Any
+    on_policy = False  # whether the host learns from answers that the model writes
 
     def __init__(
         self,
@@ -171,13 +172,17 @@ class ContinualMixin(_Host):
     def _batches(self, rows: Any, size: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         """Tokenised, collated batches of rows on the training device: (inputs, labels)."""
         tokenised = self._tokenised(rows)
-        collate = getattr(self.data_collator, "inner", self.data_collator)
         wanted = [c for c in ("input_ids", "labels", "seq_lengths") if c in tokenised.column_names]
         tokenised = tokenised.select_columns(wanted)
         for first in range(0, len(tokenised), size):
             examples = [tokenised[i] for i in range(first, min(first + size, len(tokenised)))]
-            inputs = self._prepare_inputs(collate(examples))
+            inputs = self._collated(examples)
             yield inputs, inputs.pop("labels")
+
+    def _collated(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tokenised rows as one batch on the training device."""
+        collate = getattr(self.data_collator, "inner", self.data_collator)
+        return self._prepare_inputs(collate(examples))
 
     # -- the loop ----------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any) -> Any:

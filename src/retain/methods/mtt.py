@@ -1,0 +1,55 @@
+"""MTT — keeps what the model thought of all tokens except the right one.
+
+    L = L_new + strength · Σ_t KL(p⁰∖y_t ‖ p∖y_t) / N        (Mask the Target, Xu et al. 2026, arXiv:2605.29498)
+
+p⁰ = the model at the start of the task, p = the model in training, p∖y = p without the label y and scaled to sum to 1
+again, N = supervised tokens. The logit of the label gets no gradient from it, so the term never opposes what is
+learned, as the whole divergence on new rows does.
+Deviations from the paper: its abstract does not say in which direction the divergence is taken; forward here, unless
+    told otherwise. The teacher is the start of each task, not the pretrained model. With a temperature both sides are
+    softened, times T². The divergence is computed in tiles from hidden states, never as a batch × length × vocabulary
+    tensor.
+Cost: one copy of the trainable weights; one more forward pass over the rows it applies to.
+Combine with: lora (what it was made for), replay, freeze, interpolate, distill on replayed rows.   Conflicts: none.
+Tune: `strength` 0.1–1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from retain.functional.tiled_head import Head, divergence
+from retain.methods.base import Method, Strength
+from retain.methods.distilling import Distilling
+
+
+class MTT(Distilling, Method):
+    """Mask the Target: the divergence from the past over all tokens but the label."""
+
+    name = "mtt"
+    family = "functions"
+    paper = "arXiv:2605.29498"
+
+    class Config(Strength):
+        strength: float = Field(0.5, ge=0)
+        """Weight of the divergence against the cross-entropy; 0 is off."""
+        temperature: float = Field(1.0, gt=0)
+        """Softens both distributions; the gradient's size is kept by T²."""
+        direction: Literal["forward", "reverse", "jsd"] = "forward"
+        """KL(past‖now) keeps everything the past believed; reverse keeps its modes."""
+        rows: Literal["all", "new", "replay"] = "all"
+        """Where it applies: new rows, replayed rows, or both."""
+
+    def compare(self, student: torch.Tensor, head: Head, past: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return divergence(
+            student,
+            head,
+            past,
+            self._teacher.head(),
+            direction=self.config.direction,
+            temperature=self.config.temperature,
+            exclude=labels,
+        )
