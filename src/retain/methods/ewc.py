@@ -66,8 +66,8 @@ class EWC(Estimating, Method):
         c = self.config
         if c.estimator == "adam" and c.fallback == "none" and c.importance is None:
             raise ConfigError(
-                "methods.ewc.estimator: 'adam' takes F from the optimizer of a finished task; before the first task there "
-                "is none. Set `fallback: sampled`, or give `importance:` an `optimizer.pt` or a run's directory."
+                "methods.ewc.estimator: 'adam' takes F from the optimizer of a finished task; before the first task "
+                "there is none. Set `fallback: sampled`, or give `importance:` an `optimizer.pt` or a run's directory."
             )
         if c.fallback != "none" and (c.estimator != "adam" or c.importance is not None):
             raise ConfigError("methods.ewc.fallback: has no effect without `estimator: adam`, or with `importance`.")
