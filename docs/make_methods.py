@@ -111,6 +111,8 @@ def kind_of(annotation: Any) -> str:
         return " or ".join(kind_of(part) for part in inside)
     if origin is list:
         return f"list of {kind_of(inside[0])}"
+    if origin is dict:
+        return f"{kind_of(inside[0])} → {kind_of(inside[1])}"
     if hasattr(annotation, "model_fields"):
         return "{" + ", ".join(annotation.model_fields) + "}"
     return _WORDS.get(annotation, str(annotation))

@@ -26,6 +26,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is found in, or left in, the user's cache."""
+    os.environ["RETAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def tiny_cache(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes `starter` the tiny model, in this process and in those it starts."""

@@ -49,7 +49,7 @@ ONLY = {
     "inputs": {"errors", "config", "results", "data", "models", "probes"},
     "outcome": {"errors", "config", "results", "analysis", "rundir"},
     "workload": {"errors", "functional", "data", "models", "probes", "training"},
-    "estimate": {"errors", "data", "methods", "models", "probes", "training", "workload"},
+    "estimate": {"errors", "functional", "data", "methods", "models", "probes", "training", "workload"},
     "methods": {"errors", "functional", "data", "models"},
     "probes": {"errors", "functional", "results", "data", "models"},
 }

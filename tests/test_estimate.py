@@ -137,6 +137,26 @@ def test_importances_are_kept_and_need_room_of_their_own(shop, tmp_path):
     assert "gradients" not in ewc.memory, "those of a step are gone by then"
 
 
+def test_usual_strengths_are_noted_where_units_are_raw(shop, tmp_path):
+    raw = {"samples": 8, "units": "raw", "strength": 2e4}
+    found = estimated(shop, tmp_path, methods=[{"ewc": raw}])
+    assert found.notes == ["ewc: usual strengths at this size are 10000 to 50000 in raw units; yours is 20000"]
+    assert estimated(shop, tmp_path, methods=[{"ewc": {"samples": 8}}]).notes == []
+    assert "1e-05 to 5e-05" in estimated(shop, tmp_path, methods=["l2sp"]).notes[0]
+
+
+def test_an_importance_from_elsewhere_takes_no_time_before_the_first_task(shop, tmp_path):
+    given = {"samples": 8, "importance": str(shop)}
+    times = [
+        estimated(shop, tmp_path, methods=[{"ewc": settings}], old=None).time
+        for settings in ({"samples": 8}, given, given | {"estimator": "adam"})
+    ]
+    assert times[0]["importance of weights"] > times[1]["importance of weights"] > 0
+    assert "importance of weights" not in times[2]
+    assert any(name.startswith("writing") for name in times[0])
+    assert not any(name.startswith("writing") for name in times[1])
+
+
 def test_a_quantised_base_is_smaller(shop, tmp_path):
     lora = [{"lora": {"r": 2}}]
     whole, four = (

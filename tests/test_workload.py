@@ -143,10 +143,11 @@ def test_as_many_rows_are_written_as_replay_asks_for(number, fraction, tmp_path)
 
 
 def test_nothing_is_written_where_old_rows_are_there():
-    replay, ewc = Replay().config, SimpleNamespace(samples=7)
+    replay, ewc = Replay().config, SimpleNamespace(samples=7, importance=None)
     assert rows_to_write({"replay": replay}, True, 100) == (0, 0)
     assert rows_to_write({"ewc": ewc}, True, 100) == (0, 0)
     assert rows_to_write({"ewc": ewc}, False, 100) == (7, 64)
+    assert rows_to_write({"ewc": SimpleNamespace(samples=7, importance="runs/other")}, False, 100) == (0, 0)
     assert rows_to_write({}, False, 100) == (0, 0)
     assert rows_to_write({"replay": Replay(source="self").config}, True, 100)[0] > 0
 

@@ -19,6 +19,7 @@ import torch
 
 from retain.data.tasks import Task
 from retain.errors import ConfigError
+from retain.functional import strengths
 from retain.methods.context import Run
 from retain.models import machine, params
 from retain.models.weightless import Cost, Weightless
@@ -133,6 +134,7 @@ class _Estimator:
     def run(self, tasks: Sequence[Task], probes: Sequence[Probe]) -> Estimate:
         work = self._work(tasks)
         rehearsal, passes = self._rehearsed(work)
+        self._recommend(rehearsal.parameters)
         found = Estimate(
             rehearsal.parameters,
             rehearsal.trainable,
@@ -145,6 +147,17 @@ class _Estimator:
             [],
         )
         return found if found.fits else replace(found, advice=self._advice())
+
+    def _recommend(self, parameters: int) -> None:
+        """Note what strengths a model of this size usually takes, where a method is used in those units."""
+        usual = strengths.recommended(parameters)._asdict()
+        for name, config in self.methods.items():
+            if name in usual and getattr(config, "units", "raw") == "raw":
+                low, high = usual[name]
+                self.notes.append(
+                    f"{name}: usual strengths at this size are {low:g} to {high:g} in raw units; yours is "
+                    f"{config.strength:g}"
+                )
 
     # -- work --------------------------------------------------------------------------------------------
     def _work(self, tasks: Sequence[Task]) -> list[TaskWork]:
@@ -273,8 +286,11 @@ class _Estimator:
         if "importance" in passes:
             ewc = self.methods["ewc"]
             counts = [ewc.samples if self.old is None else min(ewc.samples, len(self.old))]
-            counts += [min(ewc.samples, one.rows) for one in work if one.rows]
-            found["importance of weights"] = sum(-(-n // ewc.batch_size) for n in counts) * takes["importance"]
+            counts = counts if ewc.importance is None else []
+            if ewc.estimator != "adam":
+                counts += [min(ewc.samples, one.rows) for one in work if one.rows]
+            if counts:
+                found["importance of weights"] = sum(-(-n // ewc.batch_size) for n in counts) * takes["importance"]
         look = asked.read / (READ[0] * READ[1]) * takes["read"]
         look += sum(calls for _, calls in asked.calls) * takes["write"]
         if look:

@@ -122,7 +122,7 @@ def rows_to_write(methods: dict[str, Any], old: bool, rows: int | None) -> tuple
     if replay is not None and replay.source in ("self", "auto") and (replay.source == "self" or not old):
         needed = replay.rows if rows is None else math.ceil(rows * replay.fraction / (1 - replay.fraction))
         return min(replay.rows, max(16, 2 * needed)), replay.max_tokens
-    if ewc is not None and not old:
+    if ewc is not None and ewc.importance is None and not old:
         return ewc.samples, 64
     return 0, 0
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import family_model, take_steps
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retain.functional import penalties
 from retain.methods.context import Run
@@ -281,3 +282,92 @@ def test_stiffness_of_a_product_is_where_descent_diverges():
                 b = b - stiff / unit * penalties.low_rank_gradients([factor], 1.0)[0][0]
             sizes.append(float(b.abs().max()))
         assert (max(sizes) > 1e3) == grows
+
+
+def test_where_b_is_zero_nothing_pulls_and_both_factors_are_held_once_it_moves():
+    """A Fisher of the factors would protect nothing of A, which has no gradient while B = 0."""
+    model = LoRA(r=3).prepare_model(family_model("llama").double(), Run(directory=None, say=lambda line: None))
+    pull = Pull(model, params.snapshot(params.trainable(model)), random_importance(model))
+    assert pull.value(STRENGTH) == 0
+    assert not any(g.any() for g in gradients(model, pull).values())
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for pair in params.lora_pairs(model).values():
+            pair.B.normal_(std=0.1)
+    assert pull.value(STRENGTH) > 0
+    assert all(g.any() for g in gradients(model, pull).values())
+
+
+def test_after_a_merge_nothing_pulls(adapted):
+    model, start = adapted
+    importance = random_importance(model)
+    assert Pull(model, start, importance).value(STRENGTH) > 0
+    merged = LoRA(r=3).prepare_model(model.merge_and_unload(), Run(directory=None, say=lambda line: None)).double()
+    again = Pull(merged, params.snapshot(params.trainable(merged)), importance)
+    assert again.pairs
+    assert again.value(STRENGTH) == 0
+    assert not any(g.any() for g in gradients(merged, again).values())
+
+
+class Sizes(TorchDispatchMode):
+    """Remembers the size of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for entry in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(entry, torch.Tensor):
+                self.seen.append(entry.numel())
+        return made
+
+
+def test_the_pull_of_a_product_never_forms_it(adapted):
+    model, start = adapted
+    pull = Pull(model, start, random_importance(model))
+    smallest = min(pair.B.shape[0] * pair.A.shape[1] for pair in pull.pairs)
+    widest = max(p.numel() for pair in pull.pairs for p in (pair.A, pair.B))
+    assert 2 * widest < smallest, "or nothing is tested"
+    for p in params.trainable(model).values():
+        p.grad = torch.zeros_like(p)
+    with Sizes() as sizes:
+        assert pull.add_gradients(STRENGTH, value=True) > 0
+        assert pull.value(STRENGTH) > 0
+        assert pull.stiffness(STRENGTH, 1.0) > 0
+        pull.step(STRENGTH, 0.1)
+    assert len(sizes.seen) > 100
+    assert max(sizes.seen) <= 2 * widest
+    with Sizes() as sizes:  # the spy does see one
+        pair = pull.pairs[0]
+        (pair.B @ pair.A).sum()
+    assert max(sizes.seen) >= smallest
+
+
+def test_factors_multiply_the_strength_and_zero_is_left_out(dense, adapted):
+    for model, start in (dense, adapted):
+        importance = random_importance(model)
+        pulled = [*params.outside_lora(model), *params.lora_pairs(model)]
+        factors = {name: float(i % 3) for i, name in enumerate(pulled)}
+        whole = Pull(model, start, importance, factors)
+        kept = {k: f for k, f in importance.items() if factors[k.removesuffix(".rows").removesuffix(".columns")]}
+        # r and c are sums of one F, so what multiplies F multiplies both
+        scaled = {k: f * factors[k.removesuffix(".rows").removesuffix(".columns")] for k, f in kept.items()}
+        other = Pull(model, start, scaled)
+        assert whole.protected == other.protected
+        one, two = gradients(model, whole), gradients(model, other)
+        for name in one:
+            torch.testing.assert_close(one[name], two[name])
+        assert whole.value(STRENGTH) == pytest.approx(other.value(STRENGTH), rel=1e-9)
+        assert whole.stiffness(2.0, 0.5) == pytest.approx(other.stiffness(2.0, 0.5), rel=1e-9)
+        here = params.snapshot(params.trainable(model))
+        ends = []
+        for pull in (whole, other):
+            with torch.no_grad():
+                for name, p in params.trainable(model).items():
+                    p.copy_(here[name])
+            pull.step(STRENGTH, 0.3)
+            ends.append(params.snapshot(params.trainable(model)))
+        for name in here:
+            torch.testing.assert_close(ends[0][name], ends[1][name])

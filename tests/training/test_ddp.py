@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from retain.results import load_items, load_metrics, load_results
 from retain.training import checkpoint
 
-CASES = ("none", "replay-distill", "ewc", "l2sp", "self", "stages")
+CASES = ("none", "replay-distill", "ewc", "mas", "si", "agem", "sam", "l2sp", "self", "stages")
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,21 @@ def test_same_rows_at_every_step(both, case):
     assert any(source == 1 for step in one for source, _ in step)
 
 
-@pytest.mark.parametrize("case", ["ewc", "stages"])
+@pytest.mark.parametrize("case", ["ewc", "mas", "si", "stages"])
 def test_every_process_has_the_same_importance(both, case):
     first, second = (load_file(both[1] / f"{case}-fisher-{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("case", "method"), [("stages", "ewc"), ("mas", "mas"), ("si", "si")])
+def test_the_task_leaves_the_same_importance(both, case, method):
+    """What the next task is held by, from weights that agree to about 1e-6."""
+    one, two = (load_file(folder / case / "shared" / method / "02.safetensors") for folder in both)
+    assert one.keys() == two.keys()
+    for name in one:
+        size = float(one[name].abs().max())
+        assert float((one[name] - two[name]).abs().max()) < 1e-3 * size, name
 
 
 @pytest.mark.parametrize("case", CASES)

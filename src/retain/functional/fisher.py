@@ -224,6 +224,13 @@ def normalise(importance: Importance) -> Importance:
     return importance
 
 
+def unscaled(importance: Importance) -> Importance:
+    """Take back in place what `normalise` did, so that F is in raw units again, and return it."""
+    importance._multiply(1 / importance.scale)
+    importance.scale = 1.0
+    return importance
+
+
 def _empty(params: Mapping[str, Tensor], estimator: str) -> Importance:
     result = Importance(estimator=estimator)
     for name, p in params.items():

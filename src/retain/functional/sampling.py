@@ -42,21 +42,25 @@ _NEW, _REPLAY, _WINDOW = range(3)  # streams of random numbers
 
 
 def schedule(
-    kind: str, start: float | None = None, end: float | None = None, expression: str | None = None
+    kind: str,
+    start: float | None = None,
+    end: float | None = None,
+    expression: str | None = None,
+    below: float = 1.0,
 ) -> Fraction:
-    """The replay fraction as a function of progress t in [0, 1].
+    """The replay fraction, or another number, as a function of progress t in [0, 1].
 
     constant: start. linear, rising: start + (end − start) t. cosine: end + (start − end)(1 + cos πt)/2.
     custom: an expression of `t`, see `parse_expression`; checked at 1001 points.
 
     Args:
         kind: a key of `SCHEDULES`, which also holds the defaults.
-        start, end: fractions in [0, 1).
+        start, end: fractions in [0, 1), or numbers in [0, below).
         expression: for "custom" only.
+        below: what no value may reach; infinity for numbers that are no fractions.
 
     Raises:
-        ConfigError: unknown kind, a missing or superfluous number, a fraction outside [0, 1), or a bad
-            expression.
+        ConfigError: unknown kind, a missing or superfluous number, one outside [0, below), or a bad expression.
     """
     if kind not in SCHEDULES:
         raise ConfigError(unknown("schedule", str(kind), SCHEDULES))
@@ -67,17 +71,17 @@ def schedule(
             raise ConfigError("schedule: 'custom' takes no start and no end; write them into the expression.")
         value = parse_expression(str(expression))
         for i in range(1001):
-            _checked(value(i / 1000), i / 1000)
+            _checked(value(i / 1000), i / 1000, below)
         return value
     low, high = SCHEDULES[kind]
     first = low if start is None else start
     if first is None or (kind == "constant" and end is not None):
         raise ConfigError("schedule: 'constant' takes a start (the fraction) and no end.")
-    _checked(first, 0.0)
+    _checked(first, 0.0, below)
     if kind == "constant":
         return lambda t: first
     last = end if end is not None else (0.2 * first if high is None else high)
-    _checked(last, 1.0)
+    _checked(last, 1.0, below)
     if kind == "cosine":
         return lambda t: last + (first - last) * (1 + math.cos(math.pi * t)) / 2
     return lambda t: first + (last - first) * t
@@ -146,9 +150,10 @@ def _evaluate(node: Any, names: dict[str, float]) -> float:
     return _OPERATORS[type(node.op)](*(_evaluate(child, names) for child in inside))
 
 
-def _checked(value: float, t: float) -> float:
-    if not 0 <= value < 1:
-        raise ConfigError(f"schedule: fraction {value:g} at t = {t:g}; allowed: at least 0 and below 1.")
+def _checked(value: float, t: float, below: float = 1.0) -> float:
+    if not 0 <= value < below:
+        what, most = ("fraction", f"below {below:g}") if below < math.inf else ("value", "finite")
+        raise ConfigError(f"schedule: {what} {value:g} at t = {t:g}; allowed: at least 0 and {most}.")
     return value
 
 

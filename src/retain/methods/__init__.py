@@ -22,7 +22,8 @@ FAMILIES = {
     "isolation": "Parts of the model do not move",
     "merging": "After training",
 }
-_SUPPORT = {"__init__", "base", "context", "distilling", "weighing"}  # files that hold no method
+#: Files that hold no method.
+_SUPPORT = {"__init__", "base", "context", "distilling", "pulling", "remembering", "weighing"}
 
 
 @lru_cache

@@ -93,6 +93,9 @@ class Method:
     def check_inputs(self, tokenizer: Any) -> None:
         """Find what is wrong with files and models that the settings name, before anything is written."""
 
+    def check(self) -> None:
+        """Raise ConfigError for settings that cannot work together; called before anything is loaded."""
+
     # -- once per task, before training ------------------------------------------------------------------
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         """Add rows to what is trained on."""
@@ -187,11 +190,12 @@ class Stack(Method):
         return next((m for m in self.methods if m.on_policy), None)
 
     def check_needs(self, available: frozenset[str]) -> None:
-        """Raise ConfigError when a method lacks what it needs."""
+        """Raise ConfigError when a method lacks what it needs, or has settings that cannot work together."""
         advice = {
             "old": "give `old:` a file of rows that stand for old data, or set its source to 'self'",
         }
         for method in self.methods:
+            method.check()
             for need in sorted(method.needs - available):
                 raise ConfigError(f"methods.{method.name}: needs '{need}', which is missing; {advice[need]}.")
 

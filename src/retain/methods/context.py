@@ -143,6 +143,7 @@ class Run:
     step_batches: list[StepBatch] = field(default_factory=list)  # of this step, for methods with `repeats_batches`
     step_tokens: float = 0.0  # supervised tokens of this step over all micro-batches and ranks: divides a sum of losses
     moments: Callable[[torch.nn.Parameter], dict[str, torch.Tensor]] = lambda parameter: {}  # optimizer state
+    adam_beta2: float = 0.999  # by which Adam's second moment forgets
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # sum over all ranks
     optimizer: str = "adamw"
     say: Callable[[str], None] = print  # one line for the person at the terminal

@@ -3,15 +3,25 @@
     L = L_new + (strength / 2) Σ_i F_i (θ_i − θ*_i)²       (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3)
 
 θ* = weights at the start of the task, F = diagonal Fisher information on rows that stand for old data, from the
-first task on: a pretrained model has abilities to lose. With LoRA the pull is on the product ΔW = s·BA with the
-rank-1 importance r cᵀ / Σr, r and c the row and column sums of the Fisher of the base weight (EWC-LoRA,
-arXiv:2602.17559, in a form that never builds a matrix of the size of W).
-Deviations from the paper: F is scaled to mean 1, so `strength` means the same on every model. Labels are drawn
-    from the model with one backward per batch (unbiased) unless `estimator` says otherwise. Over several tasks
-    F is summed and the anchor is the latest start (Huszár 2017, arXiv:1712.03847), not one penalty per task.
-Cost: two copies of the trainable weights; one pass over `samples` rows per task; O(parameters) per step.
+first task on: a pretrained model has abilities to lose. Over several tasks this is online EWC (Schwarz et al. 2018,
+arXiv:1805.06370): F ← decay · F + F of the task that ended, so that what is kept does not grow with their number.
+With LoRA the pull is on the product ΔW = s·BA with the rank-1 importance r cᵀ / Σr, r and c the row and column sums
+of the Fisher of the base weight (EWC-LoRA, arXiv:2602.17559, in a form that never builds a matrix of the size of W).
+`estimator: adam` takes F from the second moment of Adam when a task ended, at no cost (Li et al. 2025,
+arXiv:2507.18807). That is not the Fisher: it squares the gradient of a whole step, at true labels, so the sum over
+tokens is inside the square and the squared mean is in it; it averages over the last 1/(1 − β₂) steps, not at θ; it
+has seen clipping and the pulls of methods in the gradient form; a downloaded model has none.
+Deviations from the paper: F is scaled to mean 1, so `strength` means the same on every model (`units: raw` is the
+    paper's form). Labels are drawn from the model with one backward per batch (unbiased) unless `estimator` says
+    otherwise. There is one anchor, the latest start, not one penalty per task, which counts old data twice (Huszár
+    2017, arXiv:1712.03847). The pull is decay · F + F_new itself; online EWC multiplies it by decay once more.
+Cost: two copies of the trainable weights; one pass over `samples` rows per task; O(parameters) per step. F lies in
+    the run directory (`ewc/01.safetensors` from before the first task) and is found again by the content of model,
+    rows and settings; `importance` takes it from there, or from mas or si.
 Combine with: replay, distill, lora, freeze, interpolate.   Conflicts: l2sp (EWC with F = 1).
-Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3.
+Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3. In raw
+    units 1e4–5e4 up to 20 billion parameters, 5e3–1e4 up to 85, 1e3–5e3 beyond are a start; times the mean of F
+    (in the header of its file) that is the strength in normalised units. `by_layer: true` holds the bottom harder.
 """
 
 from __future__ import annotations
@@ -20,72 +30,87 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 
 from retain.errors import ConfigError
 from retain.functional import fisher
 from retain.functional.tiled_head import Head
-from retain.methods.base import Method, Strength
+from retain.methods.base import Method
 from retain.methods.context import Run
-from retain.models import params
+from retain.methods.remembering import Estimating
+from retain.models import importance, moments, params
 from retain.models.base_gradients import base_gradients
-from retain.models.pull import Pull, product_keys
+from retain.models.pull import product_keys
 
 
-class EWC(Method):
+class EWC(Estimating, Method):
     """Elastic weight consolidation."""
 
+    name = "ewc"
     family = "weights"
     paper = "arXiv:1612.00796, eq. 3"
     conflicts = frozenset({"l2sp"})
-    edits_gradients = True
 
-    class Config(Strength):
-        estimator: Literal["sampled", "rank1", "empirical", "exact"] = "sampled"
+    class Config(Estimating.Config):
+        estimator: Literal["sampled", "rank1", "empirical", "exact", "adam"] = "sampled"
         """How the Fisher is estimated; with LoRA always sampled, in rank-1 form."""
-        samples: int = Field(1000, ge=1)
-        """Rows that the Fisher is estimated on, at most."""
+        fallback: Literal["none", "sampled", "rank1", "empirical", "exact"] = "none"
+        """For `adam`: the estimator before the first task, where there is no optimizer state yet."""
         batch_size: int = Field(8, ge=1)
         """Rows per backward pass while estimating; the sampled estimate does not depend on it."""
         top_k: int | None = Field(None, ge=1)
         """Exact estimator only: labels enumerated per token, the rest as one."""
-        form: Literal["gradient", "proximal"] = "gradient"
-        """Add to the gradient before the optimizer, or move the weights after it."""
+
+    def check(self) -> None:
+        super().check()
+        c = self.config
+        if c.estimator == "adam" and c.fallback == "none" and c.importance is None:
+            raise ConfigError(
+                "methods.ewc.estimator: 'adam' takes F from the optimizer of a finished task; before the first task "
+                "there is none. Set `fallback: sampled`, or give `importance:` an `optimizer.pt` or a run's directory."
+            )
+        if c.fallback != "none" and (c.estimator != "adam" or c.importance is not None):
+            raise ConfigError("methods.ewc.fallback: has no effect without `estimator: adam`, or with `importance`.")
+        if c.top_k is not None and "exact" not in (c.estimator, c.fallback):
+            raise ConfigError("methods.ewc.top_k: has no effect without `estimator: exact`. Remove it.")
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
-        saved = run.shared_folder / "ewc" / f"{run.task_index:02d}.safetensors"
-        known = saved.is_file() and (run.restored or run.task_index > 1)
-        PartialState().wait_for_everyone()  # all have looked before one writes
-        if known:
-            importance = load_file(saved)
-        else:
-            importance = self.importance(model, run, run.old_rows(model, self.config.samples))
-            _save(importance, saved)
-        self._importance = importance
-        self.pull = Pull(model, run.start, importance)
-        if self.pull.protected == 0:
-            raise ConfigError("methods.ewc: no trainable weight to protect. Remove ewc, or freeze less.")
-        if self.config.form == "gradient":
-            run.check_stiffness(self.name, self.pull.stiffness(self.config.strength, run.learning_rate))
+        chosen, optimizer = self.config.estimator, run.optimizer.lower()
+        if params.lora_pairs(model) and chosen in ("empirical", "exact", "adam"):
+            raise ConfigError(f"methods.ewc.estimator: '{chosen}' has no effect with LoRA; use 'sampled'.")
+        if chosen == "adam" and ("adam" not in optimizer or "bit" in optimizer):
+            raise ConfigError(
+                f"methods.ewc.estimator: 'adam' with `optim: {run.optimizer}`, which keeps no full second moment. Use "
+                "`optim: adamw_torch`, or `estimator: sampled`."
+            )
+        super().on_task_start(model, run)
+
+    def given(self, path: Path, model: Any) -> importance.Importance:
+        if path.suffix not in (".pt", ".bin"):
+            return super().given(path, model)
+        found = self.scaled(moments.from_file(path, model, "methods.ewc.importance"), "dense")
+        return importance.Importance(found.diagonal, self._described(model, 0))
+
+    def learned(self, model: Any, run: Run) -> importance.Importance | None:
+        if self.config.estimator != "adam":
+            return super().learned(model, run)
+        found = moments.second_moments(model, run.moments, run.adam_beta2, "methods.ewc.estimator")
+        return importance.Importance(self.scaled(found, "dense").diagonal, self._described(model, 0))
 
     def importance(self, model: Any, run: Run, rows: Any) -> params.Tensors:
         """F by parameter name, mean 1; for adapted layers the row and column sums of the base weight's F."""
         rows = rows.select(range(min(len(rows), self.config.samples)))
         pairs = params.lora_pairs(model)
         dense = params.outside_lora(model)
+        estimator = self.config.fallback if self.config.estimator == "adam" else self.config.estimator
         found: params.Tensors = {}
         if dense:
-            estimate = self._accumulate(model, run, rows, dense, self.config.estimator)
+            estimate = self.scaled(self._accumulate(model, run, rows, dense, estimator), "dense")
             found |= {name: estimate.dense(name) for name in dense}
         if pairs:
-            if self.config.estimator in ("empirical", "exact"):
-                raise ConfigError(
-                    f"methods.ewc.estimator: '{self.config.estimator}' has no effect with LoRA; use 'sampled'."
-                )
             with base_gradients(model) as (bases, gradients):
                 estimate = self._accumulate(model, run, rows, bases, "rank1", gradients)
+            self.scaled(estimate, "adapted")
             for name, pair in pairs.items():
                 sums = (estimate.rows[name], estimate.columns[name])
                 for key, value in zip(product_keys(name), sums[::-1] if pair.transposed else sums):
@@ -113,39 +138,5 @@ class EWC(Method):
         generator = torch.Generator().manual_seed(run.seed + run.task_index)
         size = self.config.batch_size
         batches = run.track(run.batches(rows, size), f"importance of weights ({estimator})", -(-len(rows) // size))
-        estimate = fisher.accumulate(
-            weights,
-            batches,
-            predict,
-            estimator,
-            generator,
-            self.config.top_k if estimator == "exact" else None,
-            gradients,
-        )
-        return fisher.normalise(estimate)
-
-    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
-        value = self.pull.before_step(self.config.strength, self.config.form, run.logging_now)
-        if value is not None:
-            run.log(f"loss/{self.name}", value)
-
-    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
-        if self.config.form == "proximal":
-            self.pull.step(self.config.strength, run.learning_rate)
-
-    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
-        if run.shared is None or run.new_rows is None:
-            return
-        with params.evaluating(model):
-            learned = self.importance(model, run, run.new_rows)
-        total = {name: self._importance[name].to(t.device) + t for name, t in learned.items()}
-        _save(total, run.shared_folder / "ewc" / f"{run.task_index + 1:02d}.safetensors")
-
-
-def _save(importance: params.Tensors, path: Path) -> None:
-    """Write an importance, whole or not at all; every process has the same one, the main process writes it."""
-    if PartialState().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        save_file({name: params.local(t).contiguous() for name, t in importance.items()}, partial)
-        partial.replace(path)
+        top_k = self.config.top_k if estimator == "exact" else None
+        return fisher.accumulate(weights, batches, predict, estimator, generator, top_k, gradients)

@@ -9,46 +9,29 @@ Cost: one copy of the trainable weights (none with LoRA beyond the factors); O(p
 Combine with: replay, distill, lora, freeze, interpolate. Set `weight_decay: 0`, which pulls to zero instead.
 Conflicts: ewc (which weighs the same pull by importance).
 Tune: `strength` 0.01–1 in the gradient form, where Adam rescales it; in the proximal form the pull over a run
-    is learning rate · strength · steps, and 1–3 is a strong hold.
+    is learning rate · strength · steps, and 1–3 is a strong hold. `by_layer: true` holds the bottom harder.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
+from pydantic import Field
 
-from retain.errors import ConfigError
-from retain.methods.base import Method, Strength
+from retain.methods.base import Method
 from retain.methods.context import Run
-from retain.models.pull import Pull
+from retain.methods.pulling import Pulling
 
 
-class L2SP(Method):
+class L2SP(Pulling, Method):
     """Distance to the starting weights."""
 
+    name = "l2sp"
     family = "weights"
     paper = "arXiv:1802.01483, eq. 2"
-    edits_gradients = True
 
-    class Config(Strength):
-        strength: float = 0.1
-        """Weight of the pull; 0 is off."""
-        form: Literal["gradient", "proximal"] = "gradient"
-        """Add to the gradient before the optimizer, or move the weights after it."""
+    class Config(Pulling.Config):
+        strength: float = Field(0.1, ge=0)
+        """Weight of the pull; 0 is off. The start of a schedule that is not constant."""
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
-        self.pull = Pull(model, run.start)
-        if self.pull.protected == 0:
-            raise ConfigError("methods.l2sp: no trainable weight to hold. Remove l2sp, or freeze less.")
-        if self.config.form == "gradient":
-            run.check_stiffness(self.name, self.pull.stiffness(self.config.strength, run.learning_rate))
-
-    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
-        value = self.pull.before_step(self.config.strength, self.config.form, run.logging_now)
-        if value is not None:
-            run.log(f"loss/{self.name}", value)
-
-    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
-        if self.config.form == "proximal":
-            self.pull.step(self.config.strength, run.learning_rate)
+        self.hold(model, run)

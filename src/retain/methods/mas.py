@@ -7,9 +7,11 @@ x = a row that stands for old data, f(x) = the logits at all its supervised posi
 constant added to all logits changes no prediction. One gradient per row: those of different rows would cancel.
 No label is used, only inputs. With LoRA the pull is on the product ΔW = s·BA with the rank-1 importance r cᵀ / Σr,
 r and c the row and column sums of the Ω of the base weight.
-Deviations from the paper: Ω is scaled to mean 1, so `strength` means the same on every model and as in ewc. It is
-    taken on old rows before the first task too: a pretrained model has abilities to lose. The last hidden state,
-    a common stand-in for f, is not offered: behind a final RMSNorm its length hardly depends on the weights.
+Over several tasks Ω ← decay · Ω + Ω of the task that ended, with one anchor, the latest start.
+Deviations from the paper: Ω is scaled to mean 1, so `strength` means the same on every model and as in ewc
+    (`units: raw` is the paper's form). It is taken on old rows before the first task too: a pretrained model has
+    abilities to lose. The last hidden state, a common stand-in for f, is not offered: behind a final RMSNorm its
+    length hardly depends on the weights.
 Cost: two copies of the trainable weights; one backward pass for each of `samples` rows before the first task and after
     each one; O(parameters) per step.
 Combine with: replay, distill, lora, freeze, interpolate; with `ewc` or `l2sp` the pulls add up.   Conflicts: none.
@@ -18,47 +20,30 @@ Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning r
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 
-from retain.errors import ConfigError
 from retain.functional import fisher, outputs, sensitivity
 from retain.functional.tiled_head import Head
-from retain.methods.base import Method, Strength
+from retain.methods.base import Method
 from retain.methods.context import Run
+from retain.methods.remembering import Estimating
 from retain.models import importance, params
-from retain.models.pull import Pull, product_keys
+from retain.models.pull import product_keys
 
 
-class MAS(Method):
+class MAS(Estimating, Method):
     """Memory Aware Synapses."""
 
+    name = "mas"
     family = "weights"
     paper = "arXiv:1711.09601"
-    edits_gradients = True
 
-    class Config(Strength):
-        strength: float = Field(1.0, ge=0)
-        """Weight of the pull; 0 is off."""
+    class Config(Estimating.Config):
         samples: int = Field(256, ge=1)
         """Rows that the importance is estimated on, at most; each costs a backward pass."""
-        form: Literal["gradient", "proximal"] = "gradient"
-        """Add to the gradient before the optimizer, or move the weights after it."""
-
-    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
-        path = run.shared_folder / "mas" / f"{run.task_index:02d}.safetensors"
-        known = importance.load(path, run.restored or run.task_index > 1)
-        if known is None:
-            known = self.importance(model, run, run.old_rows(model, self.config.samples))
-            importance.save(known, path)
-        self._importance = known
-        self.pull = Pull(model, run.start, known)
-        if self.pull.protected == 0:
-            raise ConfigError("methods.mas: no trainable weight to protect. Remove mas, or freeze less.")
-        if self.config.form == "gradient":
-            run.check_stiffness(self.name, self.pull.stiffness(self.config.strength, run.learning_rate))
 
     def importance(self, model: Any, run: Run, rows: Any) -> params.Tensors:
         """Ω by parameter name, mean 1 for ordinary weights together and for adapted layers together; for the latter
@@ -87,21 +72,4 @@ class MAS(Method):
             return outputs.centred_norm(params.hidden_states(model, inputs)[:, :-1][learned], head)
 
         samples = run.track(run.batches(rows, 1), "importance of weights (MAS)", len(rows))
-        return fisher.normalise(sensitivity.accumulate(weights, samples, norm, by_sums))
-
-    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
-        value = self.pull.before_step(self.config.strength, self.config.form, run.logging_now)
-        if value is not None:
-            run.log(f"loss/{self.name}", value)
-
-    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
-        if self.config.form == "proximal":
-            self.pull.step(self.config.strength, run.learning_rate)
-
-    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
-        if run.shared is None or run.new_rows is None:
-            return
-        with params.evaluating(model):
-            learned = self.importance(model, run, run.new_rows)
-        total = importance.added(self._importance, learned)
-        importance.save(total, run.shared_folder / "mas" / f"{run.task_index + 1:02d}.safetensors")
+        return self.scaled(sensitivity.accumulate(weights, samples, norm, by_sums), "adapted" if by_sums else "dense")

@@ -1,40 +1,85 @@
-"""Importances of weights outside the method that makes them: the file of a task, and the weights under adapters."""
+"""Importances of weights outside the method that makes them: their files, where they come from, and their sums.
+
+A file (safetensors) holds F by parameter name, for an adapted layer `<layer>.rows` and `<layer>.columns`, and in its
+header what it was made of (`ABOUT`). All methods write and read the same form, so that one may take another's.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from retain.errors import ConfigError
+from retain.errors import ConfigError, RunError
 from retain.models import params
 from retain.models.pull import product_keys
 
+#: What a header says: method, estimator, name and content of the model, rows that were read, units ("normalised" or
+#: "raw"), mean in raw units of ordinary and of adapted weights, tasks that were added, key of the cache.
+ABOUT = ("method", "estimator", "model", "weights", "rows", "units", "means", "tasks", "key")
 
-def save(importance: params.Tensors, path: Path) -> None:
+
+@dataclass
+class Importance:
+    """F by name, as a file holds it, and what the header says."""
+
+    tensors: params.Tensors
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def save(importance: Importance, path: Path) -> None:
     """Write an importance, whole or not at all; every process has the same one, the main process writes it."""
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
-        save_file({name: params.local(t).detach().cpu().contiguous() for name, t in importance.items()}, partial)
+        tensors = {name: params.local(t).detach().cpu().contiguous() for name, t in importance.tensors.items()}
+        save_file(tensors, partial, {"retain": json.dumps(importance.about)})
         partial.replace(path)
 
 
-def load(path: Path, wanted: bool) -> params.Tensors | None:
+def load(path: Path, wanted: bool) -> Importance | None:
     """The importance of a file, or None where it is not there or not wanted; no process writes before all looked."""
     known = wanted and path.is_file()
     PartialState().wait_for_everyone()
-    return load_file(path) if known else None
+    return read(path) if known else None
 
 
-def added(one: params.Tensors, other: params.Tensors) -> params.Tensors:
-    """The sum of two importances; what only one of them knows is kept as it is."""
-    total = {**one, **other}
-    return total | {name: one[name].to(other[name].device) + other[name] for name in one.keys() & other.keys()}
+def read(path: Path) -> Importance:
+    """The importance of a file.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("retain", "{}"))
+            return Importance({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path}: no importance can be read from it ({error}). Delete it, or give another.") from None
+
+
+def header(path: Path) -> dict[str, Any]:
+    """What the header of a file says; empty where there is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("retain", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+
+
+def added(one: params.Tensors, other: params.Tensors, decay: float = 1.0) -> params.Tensors:
+    """decay · one + other; what only one of them knows counts as 0 in the other."""
+    kept = one if decay == 1 else {name: tensor * decay for name, tensor in one.items()}
+    total = {**kept, **other}
+    return total | {name: kept[name].to(other[name].device) + other[name] for name in kept.keys() & other.keys()}
 
 
 def even(model: torch.nn.Module, value: float) -> params.Tensors:
@@ -49,6 +94,72 @@ def even(model: torch.nn.Module, value: float) -> params.Tensors:
             dtype = torch.promote_types(pair.B.dtype, torch.float32)
             found[key] = torch.full((length,), value * other, dtype=dtype, device=pair.B.device)
     return found
+
+
+def fitting(found: Importance, model: Any, where: str) -> Importance:
+    """The part of an importance that this model trains; of a whole weight under an adapter its row and column sums.
+
+    Raises:
+        ConfigError: something that is trained has no importance, or one of another shape.
+    """
+    shapes = {name: tuple(p.shape) for name, p in params.outside_lora(model).items()}
+    tensors = dict(found.tensors)
+    for name, pair in params.lora_pairs(model).items():
+        keys, whole = product_keys(name), f"{name}.weight"
+        shapes |= {keys[0]: (pair.B.shape[0],), keys[1]: (pair.A.shape[1],)}
+        if keys[0] not in tensors and whole in tensors and tensors[whole].dim() == 2:
+            sums = tensors[whole].sum(1), tensors[whole].sum(0)
+            tensors |= dict(zip(keys, sums[::-1] if pair.transposed else sums))
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ConfigError(
+                f"{where}: nothing about '{name}', which is trained; it holds {len(found.tensors)} tensors such as "
+                f"'{next(iter(found.tensors), 'none')}'. Give an importance of this model, or remove the setting."
+            )
+        if tuple(tensors[name].shape) != shape:
+            raise ConfigError(
+                f"{where}: '{name}' has the shape {tuple(tensors[name].shape)}, in the model {shape}. Give an "
+                "importance of this model, or remove the setting."
+            )
+    return Importance({name: tensors[name] for name in shapes}, found.about)
+
+
+def in_units(found: Importance, model: Any, units: str, where: str) -> Importance:
+    """The same in "normalised" or "raw" units: of a mean of 1, or of the mean that the header remembers.
+
+    Raises:
+        ConfigError: raw units are wanted, and the header says nothing about the mean.
+    """
+    have = found.about.get("units", "normalised")
+    if have == units:
+        return found
+    groups = {"dense": list(params.outside_lora(model)), "adapted": list(params.lora_pairs(model))}
+    tensors, means = dict(found.tensors), dict(found.about.get("means", {}))
+    for group, names in groups.items():
+        if not names:
+            continue
+        if units == "raw":
+            factor = means.get(group, means.get("dense"))
+            if factor is None:
+                raise ConfigError(f"{where}: its header says no mean in raw units. Set `units: normalised`.")
+        else:
+            factor = 1 / _mean(tensors, model, group)
+        for name in names:
+            for key in product_keys(name) if group == "adapted" else (name,):
+                tensors[key] = tensors[key] * factor
+    return Importance(tensors, found.about | {"units": units})
+
+
+def _mean(tensors: params.Tensors, model: Any, group: str) -> float:
+    if group == "dense":
+        names = list(params.outside_lora(model))
+        count = sum(tensors[name].numel() for name in names)
+        total = sum(float(tensors[name].double().sum()) for name in names)
+    else:
+        pairs = params.lora_pairs(model)
+        count = sum(pair.B.shape[0] * pair.A.shape[1] for pair in pairs.values())
+        total = sum(float(tensors[product_keys(name)[0]].double().sum()) for name in pairs)
+    return max(total / count, torch.finfo(torch.float64).tiny)
 
 
 @contextmanager

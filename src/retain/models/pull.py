@@ -7,6 +7,7 @@ start, where B = 0. Works on shards: the dense part is element-wise; LoRA factor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,25 +31,37 @@ class Pull:
         anchor: θ* by parameter name (`params.snapshot`).
         importance: F by parameter name; for an adapted layer `<layer>.rows` [out] and `<layer>.columns` [in].
             None stands for 1 everywhere. Parameters without an entry are not pulled.
+        factors: on the strength, by name of parameter or adapted layer; 1 where not named, 0 is not pulled.
     """
 
-    def __init__(self, model: Any, anchor: Tensors, importance: Tensors | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        anchor: Tensors,
+        importance: Tensors | None = None,
+        factors: Mapping[str, float] | None = None,
+    ) -> None:
+        factor_of = {} if factors is None else {name: f for name, f in factors.items() if f != 1}
         names = {id(p): name for name, p in params.trainable(model).items()}
         self.dense: list[torch.nn.Parameter] = []
         self._anchors: list[torch.Tensor] = []
         self._importance: list[torch.Tensor | None] = []
+        self._factors_dense: list[float] = []
+        self._factors_pairs: list[float] = []
         for name, parameter in params.outside_lora(model).items():
-            if importance is None or name in importance:
+            if (importance is None or name in importance) and factor_of.get(name, 1.0) != 0:
                 self.dense.append(parameter)
                 self._anchors.append(params.aligned(anchor[name], parameter))
                 weights = None if importance is None else params.aligned(importance[name], parameter)
                 self._importance.append(weights)
+                self._factors_dense.append(factor_of.get(name, 1.0))
         self.pairs: list[params.LoraPair] = []
         self._products: list[dict[str, torch.Tensor | None]] = []
         for name, pair in params.lora_pairs(model).items():
             rows, columns = product_keys(name)
-            if importance is not None and rows not in importance:
+            if (importance is not None and rows not in importance) or factor_of.get(name, 1.0) == 0:
                 continue
+            self._factors_pairs.append(factor_of.get(name, 1.0))
             b0, a0 = anchor[names[id(pair.B)]], anchor[names[id(pair.A)]]
             moved = bool((b0 != 0).any())
             self.pairs.append(pair)
@@ -68,8 +81,10 @@ class Pull:
 
     def value(self, strength: float) -> float:
         """The penalty, for the log; on shards, of this rank's part."""
-        dense = penalties.quadratic_value(params.locals_of(p.detach() for p in self.dense), *self._local(), strength)
-        low = penalties.low_rank_value(self._factors(), strength)
+        dense = penalties.quadratic_value(
+            params.locals_of(p.detach() for p in self.dense), *self._local(), self._strengths(strength)
+        )
+        low = penalties.low_rank_value(self._factors(), self._strengths(strength, pairs=True))
         return float(dense) + float(low)
 
     @torch.no_grad()
@@ -80,16 +95,17 @@ class Pull:
         """
         rows = [(i, p, p.grad) for i, p in enumerate(self.dense) if p.grad is not None]
         anchors, importance = self._local()
+        strengths, of_pairs = self._strengths(strength), self._strengths(strength, pairs=True)
         dense = penalties.add_quadratic_gradient(
             [params.local(gradient) for _, _, gradient in rows],
             [params.local(parameter) for _, parameter, _ in rows],
             [anchors[i] for i, _, _ in rows],
             [importance[i] for i, _, _ in rows],
-            strength,
+            [strengths[i] for i, _, _ in rows],
             value,
         )
         factors = self._factors()
-        for pair, slopes in zip(self.pairs, penalties.low_rank_gradients(factors, strength)):
+        for pair, slopes in zip(self.pairs, penalties.low_rank_gradients(factors, of_pairs)):
             for parameter, slope in zip((pair.B, pair.A), slopes):
                 if parameter.grad is not None:
                     parameter.grad.add_(params.aligned(slope.to(parameter.dtype), parameter))
@@ -101,9 +117,9 @@ class Pull:
             params.locals_of(self.dense[i].detach() for i in still),
             [anchors[i] for i in still],
             [importance[i] for i in still],
-            strength,
+            [strengths[i] for i in still],
         )
-        return float(dense) + float(rest) + float(penalties.low_rank_value(factors, strength))
+        return float(dense) + float(rest) + float(penalties.low_rank_value(factors, of_pairs))
 
     def before_step(self, strength: float, form: str, value: bool) -> float | None:
         """What `form` does before the optimizer's step: "gradient" adds to the gradients. The penalty if wanted."""
@@ -115,22 +131,26 @@ class Pull:
     def step(self, strength: float, learning_rate: float) -> None:
         """Move the weights after the optimizer by the implicit step of the pull, which no strength makes unstable."""
         anchors, importance = self._local()
-        penalties.proximal(params.locals_of(self.dense), anchors, importance, strength, learning_rate)
-        for pair, factor in zip(self.pairs, self._factors()):
-            for parameter, moved in zip((pair.B, pair.A), _implicit(factor, strength * learning_rate)):
+        penalties.proximal(params.locals_of(self.dense), anchors, importance, self._strengths(strength), learning_rate)
+        of_pairs = self._strengths(strength, pairs=True)
+        for pair, factor, own in zip(self.pairs, self._factors(), of_pairs):
+            for parameter, moved in zip((pair.B, pair.A), _implicit(factor, own * learning_rate)):
                 parameter.copy_(params.aligned(moved.to(parameter.dtype), parameter))
 
     def stiffness(self, strength: float, learning_rate: float) -> float:
         """max η·λ·curvature of the pull: plain gradient descent diverges from 2 on. For LoRA that of B, as B is 0."""
-        sizes = [penalties.stiffness(self._local()[1], strength, learning_rate)]
-        for factor in self._factors():
+        sizes = [penalties.stiffness(self._local()[1], self._strengths(strength), learning_rate)]
+        for factor, own in zip(self._factors(), self._strengths(strength, pairs=True)):
             rows, columns, weight = _weights(factor)
             inner = (_exact(factor.a) * columns) @ _exact(factor.a).T
-            sizes.append(strength * learning_rate * weight * float(rows.max() * torch.linalg.eigvalsh(inner)[-1]))
+            sizes.append(own * learning_rate * weight * float(rows.max() * torch.linalg.eigvalsh(inner)[-1]))
         return max(sizes)
 
     def _local(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         return params.locals_of(self._anchors), [None if f is None else params.local(f) for f in self._importance]
+
+    def _strengths(self, strength: float, pairs: bool = False) -> list[float]:
+        return [strength * factor for factor in (self._factors_pairs if pairs else self._factors_dense)]
 
     def _factors(self) -> list[penalties.LowRank]:
         return [

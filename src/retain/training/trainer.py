@@ -87,6 +87,7 @@ class ContinualMixin(_Host):
         run.tokenizer = run.tokenizer or getattr(self, "processing_class", None)
         run.log, run.batches, run.tokenise = self.terms.note, self._batches, self._tokenised
         run.moments = self._moments
+        run.adam_beta2 = float(getattr(self.args, "adam_beta2", 0.999))
         run.reduce = lambda tensor: self.accelerator.reduce(tensor, "sum")
         run.model = self.model
         run.optimizer = str(getattr(self.args, "optim", "adamw"))

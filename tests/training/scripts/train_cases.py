@@ -1,5 +1,6 @@
 """Train the tiny model with several methods, alone or under torchrun. Arguments: output folder, rows per device."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,16 +20,23 @@ CASES = {
     "none": [],
     "replay-distill": [{"replay": {"fraction": 0.25}}, "distill"],
     "ewc": [{"ewc": {"strength": 5.0, "samples": 8}}],
+    "mas": [{"mas": {"strength": 5.0, "samples": 8}}],
+    "si": [{"si": {"strength": 5.0}}],
+    "agem": ["agem"],
+    "sam": ["sam"],
     "l2sp": [{"l2sp": {"strength": 0.5}}],
     "self": [{"replay": {"fraction": 0.25, "rows": 6, "source": "self"}}],
     "stages": [{"replay": {"fraction": 0.25}}, {"ewc": {"samples": 8}}, {"lora": {"r": 2}}],
 }
+#: Cases that also estimate, or record, the importance of their own task.
+REMEMBER = ("stages", "mas", "si")
 
 
 def main(folder: Path, batch: int) -> None:
+    os.environ["RETAIN_CACHE"] = str(folder / "cache")  # no importance from a training on one process
     for name, methods in CASES.items():
         place = folder / name
-        run = Run(place, say=lambda line: None, shared=place / "shared", new_rows=ROWS if name == "stages" else None)
+        run = Run(place, say=lambda line: None, shared=place / "shared", new_rows=ROWS if name in REMEMBER else None)
         made = trainer(
             build(methods),
             place,
@@ -49,7 +57,7 @@ def main(folder: Path, batch: int) -> None:
         if state.is_main_process:
             save_file({k: v.contiguous() for k, v in stored(made.model).items()}, folder / f"{name}.safetensors")
         for method in made.stack.methods:
-            if method.name == "ewc":
+            if hasattr(method, "_importance"):
                 save_file(method._importance, folder / f"{name}-fisher-{state.process_index}.safetensors")
         torch.save(made.seen, folder / f"{name}-seen-{state.process_index}.pt")
         state.wait_for_everyone()

@@ -1,0 +1,163 @@
+"""What methods with an importance of weights share: it is kept from task to task, in files that others can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import PartialState
+from pydantic import Field
+
+from retain.errors import ConfigError
+from retain.functional import fisher
+from retain.methods.context import Run
+from retain.methods.pulling import Pulling
+from retain.models import importance, importance_cache, params
+from retain.models.importance import Importance
+
+
+class Remembering(Pulling):
+    """Pulls by an importance F of each weight: F ← decay · F + F of the task that ended, one anchor, the latest start.
+
+    A subclass says what F is before the first task (`first`) and after a task (`learned`).
+    """
+
+    keeps_first: ClassVar[bool] = True  # F from before the first task is written: it is costly to make again
+
+    class Config(Pulling.Config):
+        decay: float = Field(1.0, ge=0, le=1)
+        """How much of the importance from before is kept when a task is added: 1 adds up, 0 keeps the last task's."""
+        importance: str | None = None
+        """Take the importance before the first task from this file, or from the directory of a run that began with
+        the same model."""
+
+    _importance: params.Tensors
+
+    def first(self, model: Any, run: Run) -> Importance:
+        """F before the first task."""
+        raise NotImplementedError
+
+    def learned(self, model: Any, run: Run) -> Importance | None:
+        """F of the task that ended, of mean 1; None where there is nothing to estimate it on."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        super().check()
+        place = self.config.importance
+        if place is not None and not Path(place).exists():
+            raise ConfigError(
+                f"methods.{self.name}.importance: '{place}' is not there. Give a safetensors file, or the directory of "
+                "a run."
+            )
+
+    def given(self, path: Path, model: Any) -> Importance:
+        """F from a file that the user gave, in the units of this method."""
+        where = f"methods.{self.name}.importance"
+        found = importance.fitting(importance.read(path), model, where)
+        return importance.in_units(found, model, getattr(self.config, "units", "normalised"), where)
+
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        path = self._file(run, run.task_index)
+        known = importance.load(path, run.restored or run.task_index > 1)
+        if known is None:
+            if self.config.importance is None:
+                known = self.first(model, run)
+            else:
+                where = f"methods.{self.name}.importance"
+                file = importance_cache.given(self.config.importance, model, self.name, where)
+                known = self.given(file, model)
+                self._say_origin(file, known, run)
+            PartialState().wait_for_everyone()  # all have read before one writes
+            if self.keeps_first or self.config.importance is not None:
+                importance.save(known, path)
+        self._about, self._importance = known.about, known.tensors
+        self.hold(model, run, known.tensors)
+
+    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
+        if run.shared is None:
+            return
+        learned = self.learned(model, run)
+        if learned is None:
+            return
+        decay = self.config.decay
+        total = importance.added(self._importance, learned.tensors, decay)
+        old, new = self._about.get("means", {}), learned.about.get("means", {})
+        means = {group: decay * old.get(group, 0.0) + mean for group, mean in new.items()}
+        tasks = self._about.get("tasks", 0) + 1
+        about = learned.about | {"means": means, "tasks": tasks, "weights": importance_cache.fingerprint(model)}
+        importance.save(Importance(total, about), self._file(run, run.task_index + 1))
+
+    def about(self, model: Any, **more: Any) -> dict[str, Any]:
+        """What the header of a file says."""
+        name = getattr(params.causal(model).config, "_name_or_path", "")
+        return {"method": self.name, "model": name, "units": getattr(self.config, "units", "normalised")} | more
+
+    def _file(self, run: Run, index: int) -> Path:
+        """The importance that holds during task `index`."""
+        return run.shared_folder / self.name / f"{index:02d}.safetensors"
+
+    def _say_origin(self, path: Path, found: Importance, run: Run) -> None:
+        about = found.about
+        made = f"{about.get('method', 'another program')}, {about.get('estimator', 'unknown')}"
+        run.say(f"{self.name}: importance of weights from {path} ({made}, model {about.get('model') or 'unnamed'}).")
+
+
+class Estimating(Remembering):
+    """Estimates F on rows: `importance` of old rows before the first task, of a task's own when it ended."""
+
+    class Config(Remembering.Config):
+        samples: int = Field(1000, ge=1)
+        """Rows that the importance is estimated on, at most."""
+        units: Literal["normalised", "raw"] = "normalised"
+        """`normalised`: F has mean 1, so a strength means the same on every model. `raw`: F as estimated, for
+        strengths of papers."""
+
+    #: Settings that a pull has and an estimate does not depend on.
+    PULLS: ClassVar[set[str]] = set(Remembering.Config.model_fields) | {"samples"}
+
+    def importance(self, model: Any, run: Run, rows: Any) -> params.Tensors:
+        """F by parameter name on at most `samples` rows."""
+        raise NotImplementedError
+
+    def first(self, model: Any, run: Run) -> Importance:
+        rows = run.old_rows(model, self.config.samples)
+        rows = rows.select(range(min(len(rows), self.config.samples)))
+        key = weights = ""
+        if run.shared is not None:
+            settings = [self.name, run.seed + run.task_index, self.config.model_dump(exclude=self.PULLS)]
+            weights = importance_cache.fingerprint(model)
+            key = importance_cache.key(model, weights, run.batches(rows, 16), settings)
+            path = importance_cache.find(key)
+            PartialState().wait_for_everyone()  # all have looked before one writes
+            if path is not None:
+                run.say(f"{self.name}: same model, old rows and settings as before; importance taken from {path}.")
+                return importance.read(path)
+        found = Importance(self.importance(model, run, rows), {})
+        found.about = self._described(model, len(rows), key=key, weights=weights, tasks=0)
+        return found
+
+    def learned(self, model: Any, run: Run) -> Importance | None:
+        if run.new_rows is None:
+            return None
+        with params.evaluating(model):
+            found = Importance(self.importance(model, run, run.new_rows))
+        found.about = self._described(model, min(len(run.new_rows), self.config.samples))
+        return found
+
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        super().on_task_start(model, run)
+        key = self._about.get("key")
+        if key and PartialState().is_main_process and run.task_index == 1:
+            importance_cache.remember(key, self._file(run, 1))
+
+    def scaled(self, found: fisher.Importance, group: str) -> fisher.Importance:
+        """F of "dense" or "adapted" weights in the chosen units; its mean and origin are kept for the header."""
+        fisher.normalise(found)
+        self._means = {**getattr(self, "_means", {}), group: 1 / found.scale}
+        self._estimator = found.estimator
+        return found if self.config.units == "normalised" else fisher.unscaled(found)
+
+    def _described(self, model: Any, rows: int, **more: Any) -> dict[str, Any]:
+        means, estimator = getattr(self, "_means", {}), getattr(self, "_estimator", "")
+        return self.about(model, estimator=estimator, rows=rows, means=means, **more)
