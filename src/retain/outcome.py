@@ -63,6 +63,12 @@ def outcome(
 
 
 def _what_stood_for_old(config: RunConfig, place: RunDirectory) -> str:
+    if any((place.path / "buffer").glob("demonstrations-0*.parquet")):
+        return f"rows the model wrote like those given by the user: {config.old}"
+    if any((place.path / "buffer").glob("on-policy-*.parquet")):
+        return (
+            f"prompts given by the user ({config.old or 'of earlier tasks'}), answered by the model where it was right"
+        )
     if config.old:
         return f"rows given by the user: {config.old}"
     if (place.path / "buffer" / "self.parquet").is_file():

@@ -22,7 +22,7 @@ FAMILIES = {
     "isolation": "Parts of the model do not move",
     "merging": "After training",
 }
-_SUPPORT = {"__init__", "base", "context", "weighing"}  # files that hold no method
+_SUPPORT = {"__init__", "base", "context", "weighing", "writing"}  # files that hold no method
 
 
 @lru_cache
