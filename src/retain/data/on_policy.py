@@ -7,10 +7,12 @@ here: `ask` may be a local model or any engine.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from retain.data.checking import Check
@@ -62,7 +64,13 @@ class PolicyReport:
 
     def as_json(self) -> dict[str, Any]:
         """For the file of the rows."""
-        return asdict(self) | {"fallback_rate": self.fallback_rate}
+        counts = {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+        return counts | {"fallback_rate": self.fallback_rate}
+
+
+def key_of(row: dict[str, Any]) -> str:
+    """A hash of a row's prompt and stored answer."""
+    return hashlib.blake2b(json.dumps(parted(row)).encode(), digest_size=8).hexdigest()
 
 
 def parted(row: dict[str, Any]) -> tuple[list[dict[str, Any]], str] | None:
@@ -97,7 +105,7 @@ def answer_anew(
         progress: called with the number of prompts just finished.
 
     Returns:
-        Rows in the order given, each with `answer_of`: "model" or "stored".
+        Rows in the order given, each with `answer_of` ("model" or "stored") and the `key` of the row it is made of.
     """
     report, begun = PolicyReport(), time.perf_counter()
     parts = {place: found for place, row in enumerate(rows) if (found := parted(row)) is not None}
@@ -121,11 +129,11 @@ def answer_anew(
         left = [place for place in left if place not in answers]
     progress(len(rows) - len(answers))
     kept = []
-    for place in range(len(rows)):
+    for place, row in enumerate(rows):
         if place in answers:
-            kept.append(exchange(parts[place][0], answers[place]) | {"answer_of": "model"})
+            kept.append(exchange(parts[place][0], answers[place]) | {"answer_of": "model", "key": key_of(row)})
         elif fallback == "stored" and place in parts:
-            kept.append(exchange(*parts[place]) | {"answer_of": "stored"})
+            kept.append(exchange(*parts[place]) | {"answer_of": "stored", "key": key_of(row)})
             report.stored += 1
         else:
             report.dropped += 1

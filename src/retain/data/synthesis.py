@@ -252,7 +252,7 @@ class _Writer:
             return _joined(head, text[: min(places)]), True
         # Without a mark (an engine that strips it) a text shorter than asked has ended by itself. Tokenising
         # again can give one token less than was written, never many.
-        tokens = len(self.tokenizer(text, addspecial_tokens=False)["input_ids"])
+        tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return _joined(head, text), tokens < limit - 1
 
 
@@ -266,7 +266,7 @@ def special_tokens(tokenizer: Any) -> list[str]:
     """The texts of a tokenizer's special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {}) or {}
     marked = [str(token) for token in added.values() if getattr(token, "special", True)]
-    return list(dict.fromkeys([*tokenizer.allspecial_tokens, *marked]))
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *marked]))
 
 
 def _first_mark(text: str, specials: Sequence[str]) -> str:

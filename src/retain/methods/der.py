@@ -62,7 +62,7 @@ class DER(Method):
         source: Literal["auto", "self"] = "auto"
         """Those rows: the user's if there are any, or always written by the model."""
         own: int = Field(0, ge=0)
-        """Rows that the model writes itself after each task, in place of the task's; they are never pushed out."""
+        """Rows that the model writes when it has learned a task, in place of the task's; they are never pushed out."""
         top_k: int = Field(64, ge=1)
         """Tokens of each stored output; all others share one bucket."""
 
@@ -71,7 +71,7 @@ class DER(Method):
             raise ConfigError("methods.der: buffer 0 and old 0 leave nothing to replay. Raise one of them.")
         if self.config.own and run.new_rows is None:
             raise ConfigError(
-                "methods.der.own: without the task's rows nothing can be compared with them. Set it to 0."
+                "methods.der.own: nothing can be compared with a task whose rows are not there. Set it to 0."
             )
         self._offered: list[Stored] = []
         if run.restored:

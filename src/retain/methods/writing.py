@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -157,7 +156,7 @@ class Writing:
         """
         from datasets import Dataset
 
-        from retain.data.on_policy import answer_anew
+        from retain.data.on_policy import answer_anew, key_of
 
         run = self.run
         check = checker(settings.check, settings.threshold)
@@ -165,12 +164,12 @@ class Writing:
         known = {} if self.refresh else self._answered()
 
         def answers(advance: Callable[[int], None], recall: Recall) -> Made:
-            new = [row for row in old if _prompt(row) not in known]
+            new = [row for row in old if key_of(row) not in known]
             rows, report = answer_anew(
                 self._ask(recall), new, check, self.max_tokens, resample=settings.resample,
                 fallback=settings.fallback, progress=advance,
             )  # fmt: skip
-            rows = [known[_prompt(row)] for row in old if _prompt(row) in known] + rows
+            rows = [known[key] for key in map(key_of, old) if key in known] + rows
             if not rows:
                 raise ConfigError(
                     f"methods.replay.on_policy: no row is left ({report.sentence()}). Raise `max_tokens`, choose "
@@ -187,13 +186,13 @@ class Writing:
         return rows.select_columns(["prompt", "completion"])
 
     def _answered(self) -> dict[str, dict[str, Any]]:
-        """Rows of the latest earlier task, by prompt."""
+        """Rows of the latest earlier task, by the key of what they were made of."""
         from datasets import Dataset
 
         paths = [self.run.buffer / f"on-policy-{number:02d}.parquet" for number in range(1, self.run.task_index)]
         there = [path for path in paths if path.is_file()]
         rows = Dataset.from_parquet(str(there[-1]), cache_dir=str(self.run.buffer / ".cache")) if there else []
-        return {_prompt(row): row for row in rows}
+        return {row["key"]: row for row in rows}
 
     @property
     def _said(self) -> str:
@@ -207,8 +206,3 @@ def _asked(
     engine: Engine, recall: Recall, seed: int, prompts: list[Any], limit: int, temperature: float, draw: int
 ) -> list[Any]:
     return asked(engine, prompts, limit, temperature, 1000 * seed + draw, recall)
-
-
-def _prompt(row: dict[str, Any]) -> str:
-    turns = row.get("prompt") or (row.get("messages") or [])[:-1]
-    return json.dumps([[turn["role"], turn["content"]] for turn in turns])

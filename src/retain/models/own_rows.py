@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from retain.data.memory import Memory
-from retain.errors import DataError, RunError
+from retain.errors import ConfigError, DataError, RunError
 from retain.models import params
 
 if TYPE_CHECKING:
@@ -100,7 +100,11 @@ def kept(path: Path, label: str, total: int, stamp: list[Any], write: Write, say
             path.parent.mkdir(parents=True, exist_ok=True)
             with Progress(transient=True) as bar:
                 job = bar.add_task(label, total=total)
-                rows, made, sentence = write(lambda done: bar.update(job, advance=done), memory)
+                try:
+                    rows, made, sentence = write(lambda done: bar.update(job, advance=done), memory)
+                except (ConfigError, DataError):  # nothing usable: going on would end here again
+                    memory.forget()
+                    raise
             save(rows, path, made)
             memory.forget()
             say(sentence)
