@@ -91,7 +91,9 @@ def source(paper: str) -> str:
 
 def settings(key: str, field: Any) -> list[str]:
     """The row of a setting, and those of the settings inside it."""
-    inside = next((t for t in (field.annotation, *typing.get_args(field.annotation)) if hasattr(t, "model_fields")), None)
+    inside = next(
+        (t for t in (field.annotation, *typing.get_args(field.annotation)) if hasattr(t, "model_fields")), None
+    )
     fields = inside.model_fields.items() if inside is not None else ()
     return [setting(key, field), *(setting(f"{key}.{name}", part) for name, part in fields)]
 
@@ -112,6 +114,8 @@ _WORDS = {float: "number", int: "whole number", str: "text", bool: "true or fals
 def kind_of(annotation: Any) -> str:
     """A type in words."""
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return kind_of(inside[0])
     if origin is typing.Literal:
         return ", ".join(f"`{show(choice)}`" for choice in inside)
     if origin in (typing.Union, UnionType):

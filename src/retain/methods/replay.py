@@ -11,7 +11,9 @@ the latest model answer old prompts before each task and keeps what a check find
 was written, and by which weights, is in the run's `buffer` folder.
 Deviations from the paper: the share is held by counting, not by chance; rows are drawn without repetition within
     a pass over the buffer. A step holds ρ of the batch size, so the same new rows take 1/(1 − ρ) as many steps.
-Cost: ρ of a step; writing about one second per two rows on two CPU cores, once.
+    Inputs from demonstrations are written once and rows of all kinds are chosen after they were answered; on policy
+    the first answer is greedy.
+Cost: ρ of a step; writing about one second per two rows on two CPU cores, once, or before each task with `refresh`.
 Combine with: everything; with `distill` the term applies to the replayed rows.   Conflicts: none.
 Tune: `fraction` 0.01–0.05 for general data, 0.1–0.25 in short runs or when little may be lost.
 """

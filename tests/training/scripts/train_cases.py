@@ -21,6 +21,7 @@ CASES = {
     "ewc": [{"ewc": {"strength": 5.0, "samples": 8}}],
     "l2sp": [{"l2sp": {"strength": 0.5}}],
     "self": [{"replay": {"fraction": 0.25, "rows": 6, "source": "self"}}],
+    "on_policy": [{"replay": {"fraction": 0.25, "rows": 6, "source": "on_policy", "max_tokens": 24}}],
     "stages": [{"replay": {"fraction": 0.25}}, {"ewc": {"samples": 8}}, {"lora": {"r": 2}}],
 }
 
