@@ -252,6 +252,23 @@ def test_a_first_task_without_old_rows_has_nothing_to_replay(tmp_path):
     assert any("nothing to replay" in line for line in said)
 
 
+def test_without_old_rows_earlier_tasks_are_answered_within_the_budget(tmp_path):
+    def go(index, model=None):
+        method = Replay(fraction=0.25, source="on_policy", rows=5, max_tokens=8, on_policy={"resample": 0})
+        run = run_of(tmp_path, index, new_rows=rows(16, 20 * index))
+        return train([method], tmp_path / str(index), model, old=None, run=run)
+
+    first = go(1)
+    first.release()
+    assert not first.run.has_replay
+    # the buffer is filled when the run is killed before the task is marked done: it starts the task again
+    assert not go(1).run.has_replay
+    assert go(2, first.model).run.has_replay
+    asked = [row["prompt"][0]["content"] for row in read(tmp_path / "buffer" / "on-policy-02.parquet")]
+    assert len(asked) == 5
+    assert set(asked) <= {row["prompt"][0]["content"] for row in rows(16, 20)}
+
+
 def test_when_no_row_is_left_it_says_what_to_change(tmp_path):
     method = Replay(source="on_policy", on_policy={"fallback": "drop", "check": "exact", "resample": 0}, max_tokens=8)
     with pytest.raises(ConfigError, match=r"on_policy: no row is left \(0 of 12 .*fallback: stored") as caught:

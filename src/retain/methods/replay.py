@@ -116,9 +116,10 @@ class Replay(Method):
             # a run killed after this task filled the buffer must replay what it replayed before
             rows = rows.select([i for i, source in enumerate(rows["source"]) if source != run.task])
             # three quarters of the replay stand for abilities from before: task rows must not drown them
-            room = -(-len(parts[0]) // 3) if parts else len(rows)
+            most = number if c.source == "on_policy" else len(rows)  # an answer costs more than a row of a file
+            room = -(-len(parts[0]) // 3) if parts else most
             parts.append(rows.shuffle(seed=run.seed + run.task_index).select(range(min(room, len(rows)))))
-        if c.source == "on_policy" and parts:
+        if c.source == "on_policy" and any(map(len, parts)):
             parts = [writing().on_policy(parts, c.on_policy)]
         rows = joined([run.tokenise(part) for part in parts if len(part)])
         if rows is None or len(rows) == 0:
