@@ -49,7 +49,7 @@ def page(name: str) -> str:
         "\n".join([f"- **Family.** {about['family']}", f"- **Source.** {source(about['paper'])}", *facts]) + "\n"
     )
     lines.append("## Settings\n")
-    rows = [setting(key, field) for key, field in method.Config.model_fields.items()]
+    rows = [row for key, field in method.Config.model_fields.items() for row in settings(key, field)]
     lines.append("\n".join(["| Setting | Kind | Default | What it does |", "| --- | --- | --- | --- |", *rows]) + "\n")
     off = ", ".join(f"{key}: {show(value)}" for key, value in method.off.items())
     lines.append("" if name == "none" else f"Off, bit for bit: `{name}: {{{off}}}`.\n")
@@ -89,6 +89,15 @@ def source(paper: str) -> str:
     return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
+def settings(key: str, field: Any) -> list[str]:
+    """The row of a setting, and those of the settings inside it."""
+    inside = next(
+        (t for t in (field.annotation, *typing.get_args(field.annotation)) if hasattr(t, "model_fields")), None
+    )
+    fields = inside.model_fields.items() if inside is not None else ()
+    return [setting(key, field), *(setting(f"{key}.{name}", part) for name, part in fields)]
+
+
 def setting(key: str, field: Any) -> str:
     """One row of the settings table."""
     limits = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
@@ -105,6 +114,8 @@ _WORDS = {float: "number", int: "whole number", str: "text", bool: "true or fals
 def kind_of(annotation: Any) -> str:
     """A type in words."""
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return kind_of(inside[0])
     if origin is typing.Literal:
         return ", ".join(f"`{show(choice)}`" for choice in inside)
     if origin in (typing.Union, UnionType):
@@ -120,6 +131,8 @@ def kind_of(annotation: Any) -> str:
 
 def show(value: Any) -> str:
     """A value as YAML writes it."""
+    if hasattr(value, "model_fields_set"):
+        return "{" + ", ".join(f"{name}: {show(part)}" for name, part in value) + "}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from retain import presets
 from retain.errors import ConfigError, unknown
@@ -19,6 +19,13 @@ DEFAULT_METHODS: list[Any] = [
     {"replay": {"fraction": 0.3, "max_tokens": 48}},
     {"distill": {"strength": 2.0}},
     {"interpolate": {"strength": 0.1}},
+]
+
+#: The same where no row may be kept.
+PRIVATE_METHODS: list[Any] = [
+    {name: settings | ({"buffer": 0} if name == "replay" else {})}
+    for entry in DEFAULT_METHODS
+    for name, settings in entry.items()
 ]
 
 
@@ -105,10 +112,19 @@ class RunConfig(_Settings):
     """What is measured."""
     train: dict[str, Any] = {}
     """Any field of TRL's SFTConfig (a TrainingArguments): learning_rate, max_steps, bf16, …"""
+    private: bool = False
+    """No text of tasks and old rows is written to the run directory; methods that would store some are refused."""
     seed: int = 0
     """Seed of everything that is drawn."""
     output: str | None = None
     """Run directory; `runs/<name>` when not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _private_defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("private") is True and "methods" not in values:
+            return values | {"methods": PRIVATE_METHODS}
+        return values
 
     @field_validator("model", mode="before")
     @classmethod

@@ -190,9 +190,9 @@ class _Estimator:
     def old_lengths(self) -> Lengths | None:
         """Lengths of the rows that stand for abilities from before the run."""
         replay = self.methods.get("replay")
-        if self.old is not None and (replay is None or replay.source in ("auto", "old")):
+        if self.old is not None and (replay is None or replay.source in ("auto", "old", "on_policy")):
             return measured(self.old, self.tokenizer, self.train.get("max_length"))
-        if replay is not None and replay.source == "none":
+        if replay is not None and replay.source in ("none", "on_policy"):
             return None
         return written_lengths(self.tokenizer, replay.max_tokens if replay is not None else 64)
 

@@ -63,6 +63,11 @@ def outcome(
 
 
 def _what_stood_for_old(config: RunConfig, place: RunDirectory) -> str:
+    if any((place.path / "buffer").glob("demonstrations-0*.parquet")):
+        return f"rows the model wrote like those given by the user: {config.old}"
+    if any((place.path / "buffer").glob("on-policy-*.parquet")):
+        whose = f"given by the user ({config.old})" if config.old else "of earlier tasks"
+        return f"prompts {whose}, answered anew by the model; stored answers where it was not right"
     if config.old:
         return f"rows given by the user: {config.old}"
     if (place.path / "buffer" / "self.parquet").is_file():

@@ -20,7 +20,16 @@ from retain.inputs import Say, load_old, load_probes, load_tasks, space_needed
 from retain.methods import build
 from retain.methods.base import Stack
 from retain.outcome import outcome
-from retain.results import Results, StepSummary, load_items, load_results, save_items, save_results, write_text
+from retain.results import (
+    Results,
+    StepSummary,
+    load_items,
+    load_results,
+    save_items,
+    save_results,
+    without_text,
+    write_text,
+)
 from retain.rundir import BASE, RunDirectory, stage_name
 from retain.training import arguments
 
@@ -44,6 +53,8 @@ def plan(config: RunConfig) -> Plan:
     """
     stack = Stack(build(config.methods))
     stack.check_needs(frozenset({"old"} if config.old else ()))
+    if config.private:
+        stack.check_private(bool(config.old))
     names = {m.name for m in stack.methods}
     if config.model.quantize != "none" and "lora" not in names:
         raise ConfigError("model.quantize: quantised weights cannot be trained. Add `lora` to the methods.")
@@ -109,7 +120,7 @@ class _Runner:
             place.require_space(space_needed(config, "lora" in methods))
             self.probes, self.infos, questions = load_probes(config, self.tasks, self.tokenizer, self.say)
             place.begin(config)
-            for name, lines in questions.items():
+            for name, lines in ({} if config.private else questions).items():
                 write_text(place.questions(name), lines)
             self._probe(BASE, 0)
         self.ranks.wait_for_everyone()
@@ -176,7 +187,14 @@ class _Runner:
                     {"kind": "look", "stage": stage, "probe": info.name, "score": found.value}
                     | {"low": found.low, "high": found.high},
                 )
+        if self.config.private:
+            rows = [without_text(row) for row in rows]
         save_items(known + rows, path)  # last: it marks the looks as done
+
+    def _items(self) -> list[str]:
+        """The texts of the probes' items, which written rows must not repeat."""
+        fields = [item.fields for probe in self.probes for item in probe.items]
+        return [text for f in fields for key in ("prompt", "text", "good") if isinstance(text := f.get(key), str)]
 
     def _precision(self) -> Any:
         import torch
@@ -217,6 +235,8 @@ class _Runner:
             shared=self.place.path,
             new_rows=task.rows if hasattr(task.rows, "__len__") else None,
             say=self.say,
+            private=self.config.private,
+            avoid=self._items() if self.ranks.is_main_process else (),
         )
         last = checkpoint.newest(folder)
         bar = Bar(f"learning {task.name}")

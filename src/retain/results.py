@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,6 +197,20 @@ def save_items(rows: list[dict[str, Any]], path: Path) -> None:
     os.replace(temporary, path)
 
 
+def without_text(row: dict[str, Any]) -> dict[str, Any]:
+    """An item row with its numbers alone: no prompt, reference or output, and no text in the details."""
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, list):
+            return [numbers(entry) for entry in value if not isinstance(entry, str | dict)]
+        return value
+
+    details = {
+        key: numbers(v) for key, v in json.loads(row["details"] or "{}").items() if not isinstance(v, str | dict)
+    }
+    return row | {"prompt": "", "reference": "", "output": "", "details": json.dumps(details, sort_keys=True)}
+
+
 def load_items(path: Path) -> list[dict[str, Any]]:
     """Read item rows written by `save_items`."""
     import pyarrow.parquet as pq
@@ -220,3 +235,15 @@ def load_metrics(directory: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 continue
     return records
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add one record to a JSON Lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        line = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # half a line of a run that was killed: it must not swallow this one
+                line = "\n" + line
+        file.write(line.encode())

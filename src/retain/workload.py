@@ -119,7 +119,8 @@ def rows_to_write(methods: dict[str, Any], old: bool, rows: int | None) -> tuple
         rows: new rows of the first task; None for a stream.
     """
     replay, ewc = methods.get("replay"), methods.get("ewc")
-    if replay is not None and replay.source in ("self", "auto") and (replay.source == "self" or not old):
+    written = {"self", "demonstrations", "on_policy" if old else "auto"}
+    if replay is not None and replay.source in written and replay.endpoint is None:
         needed = replay.rows if rows is None else math.ceil(rows * replay.fraction / (1 - replay.fraction))
         return min(replay.rows, max(16, 2 * needed)), replay.max_tokens
     if ewc is not None and ewc.importance is None and not old:

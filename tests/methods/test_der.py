@@ -237,3 +237,40 @@ def test_what_cannot_work_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="packed rows cannot be told apart"):
         train([DER(buffer=0)], tmp_path, packing=True)
+
+
+def test_rows_of_its_own_after_a_task_are_kept_for_the_next(tmp_path, monkeypatch):
+    """With the outputs of the model that has learned the task; the task's own rows are nowhere."""
+    asked = []
+
+    def own(model, tokenizer, number, seed, given, say):
+        asked.append((number, [len(rows) for rows in given]))
+        return rows(3, 300)
+
+    monkeypatch.setattr("retain.methods.der.pseudo_rows", own)
+
+    def once(index, model=None, new=True):
+        method = DER(buffer=0, source="self", old=0, own=3, top_k=5)
+        run = Run(
+            tmp_path / str(index), task=f"task {index}", task_index=index, shared=tmp_path, say=lambda line: None,
+            new_rows=rows(16, index) if new else None, private=True,
+        )  # fmt: skip
+        made = train([method], tmp_path / str(index), model, run=run, train_rows=rows(16, index))
+        made.release()
+        return made
+
+    first = once(1)
+    assert asked == [(3, [16, 12])], "what is written is compared with new and old rows"
+    assert not any(line.get("loss/der") for line in first.state.log_history), "nothing to replay in the first task"
+    stored = StoredOutputs.load(tmp_path / "der" / "02.parquet", 0).rows
+    wanted = first.run.tokenise(rows(3, 300))
+    assert [row.input_ids.tolist() for row in stored] == wanted["input_ids"]
+    assert {row.task for row in stored} == {1}
+    for row in stored:
+        values, _ = torch.log_softmax(logits_of(first.model, row), -1).topk(5)
+        assert np.abs(row.log_probs - values.detach().numpy()).max() < 0.01
+    second = once(2, first.model)
+    assert [line["loss/der"] for line in second.state.log_history if "loss/der" in line][-1] > 0
+    assert [r.task for r in StoredOutputs.load(tmp_path / "der" / "03.parquet", 0).rows] == [1] * 3 + [2] * 3
+    with pytest.raises(ConfigError, match=r"methods\.der\.own: nothing can be compared"):
+        once(3, second.model, new=False)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,10 +31,11 @@ def command(
     quiet_libraries()
     import torch
 
+    from retain.data.memory import Memory
     from retain.errors import ConfigError, DataError
-    from retain.methods.context import write_own
     from retain.models.likelihood import context_length
     from retain.models.load import load_model
+    from retain.models.own_rows import write_own
     from retain.models.params import computes_bf16
     from retain.pipeline import load_run
     from retain.results import write_text
@@ -48,7 +48,7 @@ def command(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
     screen = console()
-    memory = _Memory(path.with_name(path.name + ".unfinished"), _stamp(model))
+    memory = Memory(path.with_name(path.name + ".unfinished"), _stamp(model))
     if memory.texts:
         screen.print(f"{memory.path}: going on with what is there.", style="dim", markup=False, soft_wrap=True)
     with bar(transient=True, console=screen) as progress, torch.autocast(device, torch.bfloat16, computes_bf16(device)):
@@ -59,10 +59,10 @@ def command(
                 lambda kept: progress.update(job, advance=kept), memory,
             )  # fmt: skip
         except DataError:  # not one row: going on would end here again
-            memory.path.unlink(missing_ok=True)
+            memory.forget()
             raise
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(rows)))
-    memory.path.unlink(missing_ok=True)
+    memory.forget()
     few = "" if report.kept == number else f" {number} were wanted: try another --seed or a larger --max-tokens."
     screen.print(f"{report.sentence()}.{few}", highlight=False, markup=False, soft_wrap=True)
     use = f"Rows: {out}. To replay them: `old: {out}` in the YAML file, or `retain run … -o old={out}`."
@@ -97,31 +97,3 @@ def _stamp(model: str) -> list[Any]:
 
     weights = Path(resolve(model)).rglob("*.safetensors")
     return [model, *sorted(f"{file.name} {file.stat().st_mtime_ns}" for file in weights)]
-
-
-class _Memory:
-    """What the model wrote, call by call, on disk: the same call is answered from there.
-
-    Args:
-        path: JSON Lines, one call each; half a line of a killed process is passed over.
-        stamp: of the model.
-    """
-
-    def __init__(self, path: Path, stamp: list[Any]) -> None:
-        self.path, self.stamp = path, stamp
-        self.texts: dict[str, list[str]] = {}
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            self.texts[record["call"]] = record["texts"]
-
-    def __call__(self, asked: list[Any], ask: Callable[[], list[str]]) -> list[str]:
-        from retain.training.watch import append
-
-        key = hashlib.sha256(json.dumps([self.stamp, asked]).encode()).hexdigest()
-        if key not in self.texts:
-            self.texts[key] = ask()
-            append(self.path, {"call": key, "texts": self.texts[key]})
-        return self.texts[key]

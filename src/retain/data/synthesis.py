@@ -99,7 +99,7 @@ def chat_header(tokenizer: Any) -> Header:
         raise ModelError(f"{name}: its chat template changes what is said, so no header can be cut from it.")
     before, between = once.split(user)
     after_answer = whole.split(assistant)[1].split(again)[0]
-    specials = [token for token in _special_tokens(tokenizer) if token.strip()]
+    specials = [token for token in special_tokens(tokenizer) if token.strip()]
     ends = [_first_mark(text, specials) for text in (between, after_answer)]
     if tokenizer.eos_token:
         ends.append(tokenizer.eos_token)
@@ -209,7 +209,7 @@ class _Writer:
         else:
             end = tokenizer.eos_token or ""
             self.header = Header(
-                tokenizer.bos_token or end, "", (end,) if end else (), tuple(_special_tokens(tokenizer))
+                tokenizer.bos_token or end, "", (end,) if end else (), tuple(special_tokens(tokenizer))
             )
 
     def batch(self, heads: list[str], endings: list[str], sieve: Sieve) -> list[dict[str, Any]]:
@@ -262,7 +262,8 @@ def _joined(head: str, text: str) -> str:
     return (head + space + text).strip()
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts of a tokenizer's special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {}) or {}
     marked = [str(token) for token in added.values() if getattr(token, "special", True)]
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *marked]))

@@ -23,7 +23,7 @@ FAMILIES = {
     "merging": "After training",
 }
 #: Files that hold no method.
-_SUPPORT = {"__init__", "base", "context", "distilling", "pulling", "remembering", "weighing"}
+_SUPPORT = {"__init__", "base", "context", "distilling", "pulling", "remembering", "weighing", "writing"}
 
 
 @lru_cache

@@ -48,6 +48,9 @@ class AGEM(Method):
         buffer: int = Field(10_000, ge=0)
         """Rows of earlier tasks kept on disk, in one place with `replay`; 0 keeps none."""
 
+    def keeps_text(self, old: bool) -> str | None:
+        return "keeps rows of tasks; set `buffer: 0`" if self.config.buffer else None
+
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         parts = [run.old_rows(model, self.config.rows)]
         folder = run.buffer / "tasks"

@@ -96,6 +96,14 @@ class Method:
     def check(self) -> None:
         """Raise ConfigError for settings that cannot work together; called before anything is loaded."""
 
+    def keeps_text(self, old: bool) -> str | None:
+        """What text of given rows it would write into the run directory, and what to set instead; None for none.
+
+        Args:
+            old: whether the user gave rows that stand for old data.
+        """
+        return None
+
     # -- once per task, before training ------------------------------------------------------------------
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         """Add rows to what is trained on."""
@@ -202,6 +210,16 @@ class Stack(Method):
     def check_inputs(self, tokenizer: Any) -> None:
         for method in self.methods:
             method.check_inputs(tokenizer)
+
+    def check_private(self, old: bool) -> None:
+        """Raise ConfigError when a method would write text of given rows into the run directory.
+
+        Args:
+            old: whether the user gave rows that stand for old data.
+        """
+        for method in self.methods:
+            if kept := method.keeps_text(old):
+                raise ConfigError(f"methods.{method.name}: the run is private, but this {kept}.")
 
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         for method in self.methods:

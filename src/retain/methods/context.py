@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from retain.errors import ConfigError
 from retain.functional.tiled_head import Head, log_probs
 from retain.models import params
-
-if TYPE_CHECKING:
-    from retain.data.synthesis import Report
-
-#: (what identifies a call of the model, the call) → one text per prompt.
-Recall = Callable[[list[Any], Callable[[], list[str]]], list[str]]
+from retain.models.own_rows import self_written
 
 _UNSET = object()
 
@@ -146,6 +139,8 @@ class Run:
     adam_beta2: float = 0.999  # by which Adam's second moment forgets
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # sum over all ranks
     optimizer: str = "adamw"
+    private: bool = False  # no text of a given row may reach the run directory
+    avoid: Sequence[str] = ()  # texts that rows written for replay must not repeat: the items of the probes
     say: Callable[[str], None] = print  # one line for the person at the terminal
 
     @property
@@ -191,96 +186,3 @@ def answer_loss(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> tor
     mask = labels[:, 1:] != -100
     hidden = params.hidden_states(model, inputs)[:, :-1][mask]
     return -log_probs(hidden, Head(*params.head(model), *params.logit_rules(model)), labels[:, 1:][mask])[0].sum()
-
-
-def self_written(
-    model: Any,
-    tokenizer: Any,
-    directory: Path,
-    number: int,
-    seed: int,
-    say: Callable[[str], None] = print,
-    max_tokens: int = 64,
-) -> Any:
-    """Rows in which the model talks to itself, written once and kept as `self.parquet` in `directory`.
-
-    A later caller that asks for more gets what is there, so that every task and method sees the same rows.
-    """
-    from accelerate import PartialState
-    from datasets import Dataset
-
-    path = directory / "self.parquet"
-    with PartialState().main_process_first():  # one process writes, the others read what it wrote
-        if not path.is_file():
-            _write_self(model, tokenizer, path, number, seed, say, max_tokens)
-        rows = Dataset.from_parquet(str(path), cache_dir=str(directory / ".cache"))
-    return rows.select(range(min(number, len(rows))))
-
-
-def write_own(
-    model: Any,
-    tokenizer: Any,
-    number: int,
-    seed: int,
-    max_tokens: int = 64,
-    temperature: float = 1.0,
-    advance: Callable[[int], None] = lambda kept: None,
-    recall: Recall = lambda asked, ask: ask(),
-) -> tuple[Any, Report]:
-    """Let a model write rows of its old behaviour, its adapters switched off.
-
-    Args:
-        number: rows wanted.
-        max_tokens: of an answer, or of a plain text where there is no chat template.
-        temperature: for instructions; answers are drawn at 0.7 at most.
-        advance: called with the number of rows just kept.
-        recall: given what identifies a call of the model, and the call: an interrupted job can answer the calls
-            it made before from a file and goes on to the same rows.
-
-    Returns:
-        A `datasets.Dataset` in chat form and what became of everything that was written.
-
-    Raises:
-        ConfigError, ModelError, DataError: as `write_rows` and `generate`.
-    """
-    from retain.data.synthesis import Filters, write_rows
-    from retain.models.generation import generate
-
-    draws = itertools.count(seed * 1000)
-
-    def write(prompts: list[str], temperature: float, max_new_tokens: int) -> list[str]:
-        draw = next(draws)
-
-        def ask() -> list[str]:
-            answers = generate(model, tokenizer, prompts, max_new_tokens, temperature, 0.9, draw)
-            return [a.text + (tokenizer.eos_token or "" if a.finished else "") for a in answers]
-
-        return recall([draw, temperature, max_new_tokens, *prompts], ask)
-
-    with params.adapters_off(model), params.casts_kept(model):
-        return write_rows(
-            write,
-            tokenizer,
-            number,
-            seed,
-            filters=Filters(prompt_tokens=32, response_tokens=max_tokens),
-            temperature=temperature,
-            progress=advance,
-        )
-
-
-def _write_self(
-    model: Any, tokenizer: Any, path: Path, number: int, seed: int, say: Callable[[str], None], max_tokens: int
-) -> None:
-    from rich.progress import Progress
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(transient=True) as bar:
-        job = bar.add_task("the model writes old rows", total=number)
-        rows, report = write_own(
-            model, tokenizer, number, seed, max_tokens, advance=lambda kept: bar.update(job, advance=kept)
-        )
-    say(f"replay: the model wrote {len(rows)} rows itself ({report.sentence()}).")
-    partial = path.with_name(path.name + ".part")
-    rows.to_parquet(partial)
-    os.replace(partial, path)

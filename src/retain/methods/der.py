@@ -7,7 +7,9 @@ of the model in training; x_b and x_b′ are two independent draws of `batch_siz
 term a mean over their supervised tokens. `labels: 0` is DER, otherwise it is DER++; `strength: 0` is plain replay.
 The buffer is a uniform sample of the rows trained on so far, each stored with the output of the very step that saw
 it, not with one made afterwards, and, for what the model could do before, `old` rows with its outputs at the start:
-the user's, else written by the model itself. `buffer: 0` keeps no text of any task.
+the user's, else written by the model itself. Where no text of any row may be kept (`private: true` of a run), set
+`buffer: 0, source: self`: then rows are pseudo-samples of the model with its own outputs; `own` adds such rows after
+each task, without those that repeat something of the rows it learned.
 Deviations from the paper: of an output the `top_k` likeliest tokens and one bucket for all others are kept, and a
     divergence takes the place of the squared distance of all logits (equal to the full KL for k = vocabulary).
     Rows enter after the step that saw them, and at every epoch again. Old rows are never pushed out by task rows.
@@ -19,7 +21,7 @@ Tune: `strength` 0.1–0.5, `labels` 0.5–1.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ from retain.functional.tiled_head import Head, log_probs
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Batch, Run, answer_loss
 from retain.models import params
+from retain.models.own_rows import pseudo_rows
 
 
 class DER(Method):
@@ -56,12 +59,20 @@ class DER(Method):
         """Rows of tasks that are kept; 0 keeps none."""
         old: int = Field(256, ge=0)
         """Rows that stand for what the model could do before the first task, at most; 0 takes none."""
+        source: Literal["auto", "self"] = "auto"
+        """Those rows: the user's if there are any, or always written by the model."""
+        own: int = Field(0, ge=0)
+        """Rows that the model writes when it has learned a task, in place of the task's; they are never pushed out."""
         top_k: int = Field(64, ge=1)
         """Tokens of each stored output; all others share one bucket."""
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
-        if not self.config.buffer and not self.config.old:
+        if not (self.config.buffer or self.config.old or self.config.own):
             raise ConfigError("methods.der: buffer 0 and old 0 leave nothing to replay. Raise one of them.")
+        if self.config.own and run.new_rows is None:
+            raise ConfigError(
+                "methods.der.own: nothing can be compared with a task whose rows are not there. Set it to 0."
+            )
         self._offered: list[Stored] = []
         if run.restored:
             return
@@ -69,11 +80,18 @@ class DER(Method):
         known = run.task_index > 1 and path.is_file()
         self._kept = StoredOutputs.load(path, self.config.buffer) if known else StoredOutputs(self.config.buffer)
         if not known and self.config.old:
-            self._kept.offer(self._old(model, run))
+            given = run.old if self.config.source == "auto" else None
+            self._kept.offer(self._with_outputs(run.old_rows(model, self.config.old, given), 0, model, run))
 
-    def _old(self, model: Any, run: Run) -> list[Stored]:
-        """Old rows with the outputs of the model as it is."""
-        rows = run.tokenise(run.old_rows(model, self.config.old))
+    def keeps_text(self, old: bool) -> str | None:
+        if self.config.buffer:
+            return "keeps rows of tasks; set `buffer: 0` (and `own` for rows in their place)"
+        given = old and self.config.old and self.config.source == "auto"
+        return "keeps old rows; set `source: self`" if given else None
+
+    def _with_outputs(self, rows: Any, task: int, model: Any, run: Run) -> list[Stored]:
+        """Rows with the outputs of the model as it is."""
+        rows = run.tokenise(rows)
         if "seq_lengths" in rows.column_names:
             raise ConfigError("methods.der: packed rows cannot be told apart. Set `train: {packing: false}`.")
         found, size = [], self.config.batch_size
@@ -85,7 +103,7 @@ class DER(Method):
             counts = [sum(label != -100 for label in labels[1:]) for labels in entries["labels"]]
             for entry, part in zip(entries, hidden.split(counts)):
                 if len(part):
-                    found.append(self._stored(ALWAYS, 0, entry["input_ids"], entry["labels"], part, run))
+                    found.append(self._stored(ALWAYS, task, entry["input_ids"], entry["labels"], part, run))
         return found
 
     def _stored(self, key: float, task: int, ids: Any, labels: Any, hidden: torch.Tensor, run: Run) -> Stored:
@@ -153,6 +171,11 @@ class DER(Method):
 
     def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
         if PartialState().is_main_process:
+            if self.config.own:
+                given = [rows for rows in (run.new_rows, run.old) if rows is not None]
+                rows = pseudo_rows(model, run.tokenizer, self.config.own, run.seed + run.task_index, given, run.say)
+                with params.evaluating(model):
+                    self._kept.offer(self._with_outputs(rows, run.task_index, model, run) if len(rows) else [])
             self._kept.save(run.shared_folder / "der" / f"{run.task_index + 1:02d}.parquet")
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -5,22 +5,28 @@
 ρ = fraction, counted in rows or supervised tokens and followed at every step; t = progress through the task.
 Old rows are those of earlier tasks (a reservoir on disk) and, for what the model could do before: rows the user
 gives as `old`, otherwise conversations that the model writes with itself before training starts (Magpie header,
-arXiv:2406.08464; self-written replay, arXiv:2602.20162).
+arXiv:2406.08464; self-written replay, arXiv:2602.20162). `source: demonstrations` writes rows like a few that are
+given: inputs in context, answers by the latest model, k-means for diversity (SSR, arXiv:2403.01244). `on_policy` lets
+the latest model answer old prompts before each task and keeps what a check finds right (OPR, arXiv:2605.29495). What
+was written, and by which weights, is in the run's `buffer` folder.
 Deviations from the paper: the share is held by counting, not by chance; rows are drawn without repetition within
     a pass over the buffer. A step holds ρ of the batch size, so the same new rows take 1/(1 − ρ) as many steps.
-Cost: ρ of a step; writing about one second per two rows on two CPU cores, once.
+    Inputs from demonstrations are written once and rows of all kinds are chosen after they were answered; on policy
+    the first answer is greedy.
+Cost: ρ of a step; writing about one second per two rows on two CPU cores, once, or before each task with `refresh`.
 Combine with: everything; with `distill` the term applies to the replayed rows.   Conflicts: none.
 Tune: `fraction` 0.01–0.05 for general data, 0.1–0.25 in short runs or when little may be lost.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from retain.data.buffer import Buffer
 from retain.data.mixture import Mixture
@@ -28,6 +34,7 @@ from retain.errors import ConfigError
 from retain.functional.sampling import schedule
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
+from retain.methods.writing import Demonstrations, OnPolicy, Server, Writing
 
 
 class Replay(Method):
@@ -48,29 +55,60 @@ class Replay(Method):
         """For `custom`: the share as an expression of t in [0, 1], e.g. `0.3 * (1 - t)`."""
         by: Literal["rows", "tokens"] = "rows"
         """Count the share in rows or in supervised tokens."""
-        source: Literal["auto", "old", "self", "none"] = "auto"
-        """Rows for abilities from before: the given old rows, self-written ones, whichever is there, or none."""
+        source: Literal["auto", "old", "self", "demonstrations", "on_policy", "none"] = "auto"
+        """Rows for abilities from before: the given old rows, self-written ones, whichever is there, rows written like
+        the given ones, given prompts and those of earlier tasks answered anew, or none."""
         rows: int = Field(256, ge=1)
         """Most such rows that are taken; of self-written ones no more than one pass over the first task needs."""
         max_tokens: int = Field(64, ge=8)
-        """Longest answer in a self-written row; long rows weigh more, since the loss counts tokens."""
+        """Longest answer in a row the model writes; long rows weigh more, since the loss counts tokens."""
         buffer: int = Field(10_000, ge=0)
         """Rows of earlier tasks kept on disk; 0 keeps none."""
+        demonstrations: Demonstrations = Demonstrations()
+        """For `source: demonstrations`."""
+        on_policy: OnPolicy = OnPolicy()
+        """For `source: on_policy`."""
+        refresh: bool = True
+        """For both: the model answers anew before every task; false keeps its first answers."""
+        endpoint: Server | None = None
+        """An OpenAI-compatible server that writes in place of the model in training (not for `source: auto`)."""
+
+        @field_validator("demonstrations", "on_policy", "refresh", "endpoint")
+        @classmethod
+        def _has_effect(cls, value: Any, info: ValidationInfo) -> Any:
+            source, name = info.data.get("source"), str(info.field_name)
+            allowed = {"refresh": ["demonstrations", "on_policy"]}.get(name, [name])
+            if name == "endpoint":
+                allowed = ["self", "demonstrations", "on_policy"]
+            if source not in allowed and value != cls.model_fields[name].get_default():
+                raise ValueError(f"without effect at source: {source}; it belongs to source: {' or '.join(allowed)}")
+            return value
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"old"} if self.config.source == "old" else ())
+        return frozenset({"old"} if self.config.source in ("old", "demonstrations") else ())
+
+    def keeps_text(self, old: bool) -> str | None:
+        if self.config.source in ("demonstrations", "on_policy"):
+            return f"source {self.config.source} writes given text; set `source: self`"
+        return "keeps rows of tasks; set `buffer: 0`" if self.config.buffer else None
 
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         c = self.config
         parts: list[Any] = []
-        if c.source in ("self", "old", "auto"):
-            given = run.old if c.source != "self" else None
-            # twice what one pass needs: variety protects, and fewer are written faster
-            needed = (
-                math.ceil(len(data.new) * c.fraction / (1 - c.fraction)) if hasattr(data.new, "__len__") else c.rows
-            )
-            number = c.rows if given is not None else min(c.rows, max(16, 2 * needed))
+        given = run.old if c.source != "self" else None
+        # twice what one pass needs: variety protects, and fewer are written faster
+        needed = math.ceil(len(data.new) * c.fraction / (1 - c.fraction)) if hasattr(data.new, "__len__") else c.rows
+        number = min(c.rows, max(16, 2 * needed))
+        writing = functools.partial(Writing, run, c.max_tokens, c.refresh, c.endpoint)
+        if c.source == "demonstrations":
+            parts.append(writing().from_demonstrations(given, number, c.demonstrations))
+        elif c.source == "on_policy":
+            parts += [given.select(range(min(number, len(given))))] if given is not None else []
+        elif c.endpoint is not None:
+            parts.append(writing().freely(number))
+        elif c.source != "none":
+            number = c.rows if given is not None else number
             parts.append(run.old_rows(run.model, number, given=given, max_tokens=c.max_tokens))
         earlier = self._buffer(run)
         if earlier is not None and len(earlier):
@@ -78,12 +116,15 @@ class Replay(Method):
             # a run killed after this task filled the buffer must replay what it replayed before
             rows = rows.select([i for i, source in enumerate(rows["source"]) if source != run.task])
             # three quarters of the replay stand for abilities from before: task rows must not drown them
-            room = -(-len(parts[0]) // 3) if parts else len(rows)
+            most = number if c.source == "on_policy" else len(rows)  # an answer costs more than a row of a file
+            room = -(-len(parts[0]) // 3) if parts else most
             parts.append(rows.shuffle(seed=run.seed + run.task_index).select(range(min(room, len(rows)))))
+        if c.source == "on_policy" and any(map(len, parts)):
+            parts = [writing().on_policy(parts, c.on_policy)]
         rows = joined([run.tokenise(part) for part in parts if len(part)])
         if rows is None or len(rows) == 0:
-            if run.task_index == 1 and c.source == "none":
-                run.say("replay: nothing to replay during the first task (source: none).")
+            if run.task_index == 1 and c.source in ("none", "on_policy"):
+                run.say(f"replay: nothing to replay during the first task (source: {c.source}).")
                 return data
             found = sum(len(part) for part in parts)
             if found:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from retain.data.matching import contains, exact_match, token_f1
 from retain.errors import DataError
 from retain.models.generation import Generated
 from retain.probes.asking import WrittenProbe
 from retain.probes.base import Item
-from retain.probes.matching import contains, exact_match, token_f1
 
 
 class Answer(WrittenProbe):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from retain.data.matching import UNSPACED
 from retain.errors import DataError, unknown
 from retain.models.generation import has_chat_template, render
 from retain.models.likelihood import choice_log_likelihoods
 from retain.probes.base import Item, Outcome, Probe, Progress, Subject
-from retain.probes.matching import UNSPACED
 
 _NORMALISATIONS = ("characters", "raw", "tokens", "unconditional")
 _LAYOUTS = ("auto", "question", "continue", "chat")

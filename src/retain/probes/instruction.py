@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
+from retain.data.matching import UNSPACED, words
 from retain.errors import DataError, unknown
 from retain.models.generation import Generated
 from retain.probes.asking import WrittenProbe
 from retain.probes.base import Item
-from retain.probes.matching import UNSPACED, words
 
 _ABBREVIATIONS = re.compile(
     r"\b(?:mr|mrs|ms|dr|prof|st|jr|sr|vs|no|fig|approx|inc|ltd|e\.g|i\.e|etc|cf|[a-z])\.$", re.IGNORECASE

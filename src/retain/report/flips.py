@@ -115,12 +115,13 @@ def collect(directory: Path, results: Results, compare: Sequence[tuple[str, Path
         after, info = last.get(key), infos.get(key[0])
         if after is None or not (before["output"] or after["output"] or before["correct"] is not None):
             continue
+        said = any(before[key] for key in ("prompt", "reference", "output"))
         items.append(
             {
                 "probe": key[0],
                 "item": key[1],
                 "outcome": outcome(before, after, info.higher_is_better if info else True),
-                "prompt": _text(before["prompt"]),
+                "prompt": _text(before["prompt"]) if said else "(a private run keeps no text)",
                 "reference": _reference(before["reference"]),
                 "before": _answer(before, info),
                 "after": _answer(after, info),

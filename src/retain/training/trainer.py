@@ -102,6 +102,8 @@ class ContinualMixin(_Host):
             run.say = lambda line: None
         guards.check_host(self, self.stack)
         self.stack.check_needs(guards.available(run))
+        if run.private:
+            self.stack.check_private(run.old is not None)
         self.add_callback(_AfterStep(self))
 
     # -- data --------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from retain.results import write_text
+from retain.results import append, write_text
 
 
 def bar(**options: Any) -> Progress:
@@ -71,18 +69,6 @@ class Bar(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one record to a JSON Lines file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        line = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # half a line of a run that was killed: it must not swallow this one
-                line = "\n" + line
-        file.write(line.encode())
 
 
 def forget_after(path: Path, task: str, step: int) -> None:

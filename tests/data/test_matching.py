@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from retain.probes.matching import contains, exact_match, token_f1, words
+from retain.data.matching import contains, exact_match, token_f1, words
 
 FOUND = [
     ("7", "The answer is 7."),

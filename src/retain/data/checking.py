@@ -1,0 +1,50 @@
+"""Is an answer right? The checks by which rows that a model wrote are kept: by name, or a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from retain.data.matching import contains, exact_match, token_f1
+from retain.errors import ConfigError, unknown
+
+#: (answer, stored answer, turns of the prompt) → whether the answer is right.
+Check = Callable[[str, str, Sequence[dict[str, Any]]], bool]
+_NAMED = {"exact": exact_match, "contains": contains}
+NAMES = (*_NAMED, "f1")
+
+
+def checker(name: str, threshold: float) -> Check:
+    """A check by name.
+
+    Args:
+        name: "exact" (equal after normalisation), "contains" (the stored answer is in it as whole words), "f1" (token
+            F1 of at least `threshold`), or "module:function". Such a function is called with the answer, the stored
+            answer and the turns of the prompt; it returns true or false, or a score that is compared with `threshold`.
+
+    Raises:
+        ConfigError: no such check, or a function that cannot be imported.
+    """
+    if name in _NAMED:
+        same = _NAMED[name]
+        return lambda answer, reference, prompt: same(answer, reference)
+    if name == "f1":
+        return lambda answer, reference, prompt: token_f1(answer, reference) >= threshold
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ConfigError(unknown("check", name, [*NAMES, "module:function"]))
+    try:
+        own = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"check: '{name}' cannot be imported ({error}). Give module:function, with the module on PYTHONPATH."
+        ) from error
+    if not callable(own):
+        raise ConfigError(f"check: '{name}' is a {type(own).__name__}. Give a function of (answer, reference, prompt).")
+
+    def passes(answer: str, reference: str, prompt: Sequence[dict[str, Any]]) -> bool:
+        found = own(answer, reference, prompt)
+        return found if isinstance(found, bool) else float(found) >= threshold
+
+    return passes
