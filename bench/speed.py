@@ -1,12 +1,14 @@
 """What the methods cost: time and memory against the plain thing, measured side by side. Prints a table.
 
-    python bench/speed.py                          # all rows on the starter model
+    python bench/speed.py                          # all rows, and every method, on the starter model
     python bench/speed.py --only ewc choice        # some of them; the others are kept as last measured
+    python bench/speed.py --methods sam replay     # a step and the memory of these methods
     python bench/speed.py --items items.jsonl      # other questions than those of the core suite
     python bench/speed.py --write                  # also writes docs/cost.md
 
 Every ratio compares two things of one process that take turns (A B A B …), so that whatever else the machine does
-hits both. Ends with exit code 1 when a bound is missed. Results: bench/out/speed.json.
+hits both. Ends with exit code 1 when a bound is missed. Results: bench/out/speed.json. Methods that are in there,
+measured under the same circumstances, are measured again only when they are named.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import method_costs
 from side_by_side import Company, Line, Settings
 
 ROWS = ("ewc", "ewc-memory", "ewc-autograd", "fisher", "distill", "distill-memory", "choice", "startup")
@@ -41,6 +44,16 @@ what PyTorch's allocator hands out at the same time, weights included.
 How each line was measured:
 
 {details}
+{methods}"""
+_METHODS = """
+## Every method
+
+One optimizer step and the peak memory of each method as its example uses it, in a first task, against the same
+training without it: `plain` is full fine-tuning, the other names are what the example combines it with. "Should be"
+counts passes: a plain step is a forward and a backward pass, and the backward one costs two forward ones. What a
+method does once, before or after training, is not in a step; its page says what that is.
+
+{table}
 """
 
 
@@ -80,10 +93,11 @@ def table(lines: list[Line]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def page(about: dict[str, Any], lines: list[Line]) -> str:
+def page(about: dict[str, Any], lines: list[Line], costs: list[method_costs.Cost]) -> str:
     """The page for docs/."""
     details = "\n".join(f"- {line.work}, against {line.against}: {line.detail}" for line in lines)
-    return _TEXT.format(table=table(lines), details=details, **about)
+    every = _METHODS.format(table=method_costs.table(costs)) if costs else ""
+    return _TEXT.format(table=table(lines), details=details, methods=every, **about)
 
 
 def about(settings: Settings) -> dict[str, Any]:
@@ -116,9 +130,32 @@ def merged(path: Path, about: dict[str, Any], new: dict[str, list[Line]]) -> dic
     return {row: known[row] for row in ROWS if row in known}
 
 
+def known_costs(path: Path, about: dict[str, Any]) -> dict[str, method_costs.Cost]:
+    """Methods that were measured under the same circumstances; not those that failed."""
+    if not path.is_file():
+        return {}
+    before = json.loads(path.read_text())
+    found = before.get("methods", {}) if before["about"] == about else {}
+    return {name: method_costs.Cost(**cost) for name, cost in found.items() if not cost["problem"]}
+
+
+def save(
+    path: Path, about: dict[str, Any], rows: dict[str, list[Line]], costs: dict[str, method_costs.Cost]
+) -> None:
+    """Everything measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    lines = {name: [vars(line) for line in found] for name, found in rows.items()}
+    written = {"about": about, "rows": lines, "methods": {name: vars(cost) for name, cost in costs.items()}}
+    partial.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    all_methods = method_costs.names()
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--methods", nargs="+", choices=all_methods, metavar="METHOD", help="these, measured again")
     parser.add_argument("--model", default="starter", help="starter, or a folder")
     parser.add_argument("--repeats", type=int, default=5, help="pairs per ratio")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
@@ -139,25 +176,34 @@ def main(arguments: list[str] | None = None) -> int:
     circumstances = about(settings)
     screen = Console(stderr=True)
     new: dict[str, list[Line]] = {}
-    for row in given.only:
+    rows, costs = merged(given.out, circumstances, new), known_costs(given.out, circumstances)
+    whole = given.only is None and given.methods is None
+    for row in ROWS if whole else given.only or ():
         screen.print(f"[dim]{row} …[/dim]")
         with Company() as others:
             found = measure(row, settings)
-        note = f" Meanwhile other programs used {others.share:.0%} of the machine."
-        new[row] = [replace(line, detail=line.detail + note * (others.share > 0.05)) for line in found]
+        new[row] = [replace(line, detail=line.detail + _company(others)) for line in found]
         for line in new[row]:
             screen.print(" · ".join(cells(line)), highlight=False)
         rows = merged(given.out, circumstances, new)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = given.out.with_name(given.out.name + ".part")
-        written = {name: [vars(line) for line in lines] for name, lines in rows.items()}
-        partial.write_text(json.dumps({"about": circumstances, "rows": written}, indent=1, ensure_ascii=False) + "\n")
-        os.replace(partial, given.out)
+        save(given.out, circumstances, rows, costs)
+    peaks: dict[str, int] = {}
+    for name in [n for n in all_methods if n not in costs] if whole else given.methods or ():
+        with Company() as others:
+            cost = method_costs.measure(name, settings, peaks)
+        costs[name] = replace(cost, detail=cost.detail + _company(others))
+        screen.print(" · ".join(costs[name].cells()), highlight=False)
+        save(given.out, circumstances, rows, costs)
     lines = [line for one in rows.values() for line in one]
-    print(table(lines))
+    ordered = [costs[name] for name in all_methods if name in costs]
+    print("\n\n".join([table(lines), *([method_costs.table(ordered)] if ordered else [])]))
     if given.write:
-        given.page.write_text(page(circumstances | {"day": date.today().isoformat()}, lines))
-    return 0 if all(line.met for line in lines) else 1
+        given.page.write_text(page(circumstances | {"day": date.today().isoformat()}, lines, ordered))
+    return 0 if all(one.met for one in [*lines, *ordered]) else 1
+
+
+def _company(others: Company) -> str:
+    return f" Meanwhile other programs used {others.share:.0%} of the machine." * (others.share > 0.05)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import against_harness  # noqa: E402
+import example_recipes  # noqa: E402
+import method_costs  # noqa: E402
 import side_by_side  # noqa: E402
 import speed  # noqa: E402
 import training_steps  # noqa: E402
@@ -40,6 +42,64 @@ def test_the_command_measures_every_row(tiny_folder, tmp_path, capsys):
     assert speed.table([Line(**line) for row in rows.values() for line in row]) in text
     assert text.count("\n- ") == sum(map(len, rows.values()))
     assert speed.table([Line(**line) for line in rows["choice"]]).splitlines()[-1] in capsys.readouterr().out
+
+
+def test_methods_are_measured_once_and_told(tiny_folder, tmp_path, capsys, monkeypatch):
+    out, page = tmp_path / "speed.json", tmp_path / "cost.md"
+    same = ["--model", str(tiny_folder), "--repeats", "1", "--batch", "2", "--out", str(out), "--page", str(page)]
+    monkeypatch.setattr(speed, "ROWS", ())
+    monkeypatch.setattr(method_costs, "names", lambda: ["l2sp", "olora"])
+    monkeypatch.setattr(method_costs, "SLACK", 1e6)  # times of a tiny model mean nothing
+    assert speed.main([*same, "--methods", "l2sp"]) == 0
+    assert speed.main([*same, "--write"]) == 0
+    found = json.loads(out.read_text())["methods"]
+    assert list(found) == ["l2sp", "olora"]
+    assert found["olora"]["against"] == "lora"
+    assert found["l2sp"]["against"] == "plain"
+    assert all(cost["step"] > 0 and cost["memory"] > 0 for cost in found.values())
+    costs = [method_costs.Cost(**cost) for cost in found.values()]
+    assert method_costs.table(costs) in page.read_text()
+    assert method_costs.table(costs) in capsys.readouterr().out
+    monkeypatch.setattr(method_costs, "measure", None)  # both are there: nothing is measured
+    assert speed.main(same) == 0
+
+
+def test_a_method_that_keeps_a_copy_needs_more_memory(settings):
+    peaks: dict[str, int] = {}
+    cost = method_costs.measure("ewc", settings, peaks)
+    assert not cost.problem
+    copies = sum(p.numel() * p.element_size() for p in training_steps.load_model(settings.model)[0].parameters())
+    assert cost.memory * peaks["plain"] >= peaks["plain"] + copies  # importance; the anchor is the trainer's own
+
+
+def test_a_method_that_cannot_be_trained_hides_no_other(settings, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ArithmeticError("broken\nin two")
+
+    monkeypatch.setattr(training_steps, "trainer", fail)
+    cost = method_costs.measure("ewc", settings, {})
+    assert not cost.met
+    assert cost.cells()[-1] == "not measured: ArithmeticError: broken"
+
+
+def test_a_step_above_what_it_should_take_is_told():
+    def cost(method: str, step: float) -> method_costs.Cost:
+        return method_costs.Cost(method, "plain", step, step, step, 1.0, "")
+
+    factor, why = method_costs.EXPECTED["distill"]
+    for step, met in ((1.24 * factor, True), (1.26 * factor, False)):
+        assert cost("distill", step).met == met
+        assert ("ABOVE" in cost("distill", step).cells()[-1]) != met
+    assert why in cost("distill", 1.0).cells()
+    assert cost("unheard_of", 9.0).verdict == "no figure to compare with"
+
+
+@pytest.mark.parametrize("name", method_costs.names())
+def test_a_method_is_compared_with_the_rest_of_its_example(name):
+    entries = example_recipes.recipe(name)
+    rest = example_recipes.without(entries, name)
+    assert len(rest) == len(entries) - 1
+    assert [*example_recipes.names_of(rest), name].count(name) == 1
 
 
 def test_rows_of_other_circumstances_are_not_kept(tmp_path):

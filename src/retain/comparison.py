@@ -71,12 +71,12 @@ def run_sets(sets: Mapping[str, RunConfig], say: Callable[[str], None] = print) 
     for name, config in sets.items():
         say(f"\n{name}: {', '.join(str(m) for m in config.methods)}")
         if results and os.environ.get("RANK", "0") == "0":  # under torchrun one process writes
-            _share_baseline(RunDirectory(first), config)
+            share_baseline(RunDirectory(first), config)
         results[name] = run(config, say)
     return results
 
 
-def _share_baseline(source: RunDirectory, config: RunConfig) -> None:
+def share_baseline(source: RunDirectory, config: RunConfig) -> None:
     """Begin a run with the base's answers of another one: same model, same items, so they need not be asked twice."""
     place = RunDirectory(config.directory)
     place.begin(config)

@@ -1,0 +1,299 @@
+"""All methods on one small world (bench/small_world.py), against plain training of the same new-task score.
+
+    python bench/two_tasks.py                         # every method of the registry; writes docs/two_tasks.md
+    python bench/two_tasks.py --only ewc replay       # some of them; the page keeps what was measured before
+    python bench/two_tasks.py --seeds 0 1 2           # other seeds
+    python bench/two_tasks.py --fresh --only ewc      # measure again
+    python bench/two_tasks.py --budget-minutes 9      # stop cleanly; the same command goes on
+
+A model that knows A learns B, then C, as in `retain run` with two tasks. Every result is a small file under
+bench/out/two_tasks and is not measured twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import small_world
+import two_tasks_page
+from example_recipes import changed, recipe
+from matched import Point
+from two_tasks_page import Row
+
+from retain import methods
+from retain.methods.context import Run
+
+ROOT = Path(__file__).parent.parent
+OUT, PAGE = ROOT / "bench" / "out" / "two_tasks", ROOT / "docs" / "two_tasks.md"
+PILOT = 1000  # settings are chosen on this seed, which is not in the table
+STEPS, BATCH, ROWS, OLD = 100, 16, 512, 96
+MARGIN = 0.97  # of plain training's new-task score, asked for on the pilot; 0.95 in the table
+RATE = 1e-3  # with and without an adapter
+#: The knob of a method, weakest value first, where it is not `strength`; a method without any gets learning rates.
+LADDERS: dict[str, tuple[str, list[Any]]] = {
+    "freeze": ("share", [0.25, 0.5, 0.75]),
+    "hft": ("share", [0.25, 0.5, 0.75, 0.9]),
+    "ilora": ("decay", [0.9, 0.95, 0.98, 0.99]),
+    "interpolate": ("strength", [0.05, 0.1, 0.2, 0.33]),
+    "label_smoothing": ("strength", [0.02, 0.1, 0.3]),
+    "mofo": ("share", [0.5, 0.15, 0.05, 0.02]),
+    "replay": ("fraction", [0.05, 0.1, 0.25, 0.5]),
+    "sam": ("radius", [0.01, 0.05, 0.2]),
+    "shield": ("share", [0.25, 0.5, 0.75, 0.9]),
+    "stm": ("threshold", [100.0, 20.0, 5.0, 2.5]),
+    "subspace": ("share", [0.25, 0.5, 0.75, 0.9]),
+}
+_TENS = (-4, -3, -2, -1, 0, 1, 2, 3)
+_SLOWER = [1.0, 0.5, 0.25]
+
+Setting = dict[str, Any]  # recipe, rate (× the usual one), share (of the steps), knob (as text)
+
+
+def ladder(name: str) -> tuple[list[Setting], int]:
+    """Settings of a method, weakest first, and the place of the usual one."""
+    own, fields = recipe(name), methods.load(name).Config.model_fields
+    usual = next(m for m in methods.build(own) if m.name == name).config
+    if name in LADDERS and LADDERS[name][0] in fields:
+        knob, values = LADDERS[name]
+        now = getattr(usual, knob)
+        start = min(range(len(values)), key=lambda i: abs(values[i] - now))
+    elif name != "none" and "strength" in fields and not _at_most_one(fields["strength"]) and usual.strength:
+        knob, values, start = "strength", [float(f"{usual.strength * 10.0**k:.3g}") for k in _TENS], _TENS.index(0)
+    else:
+        return [{"recipe": own, "rate": rate, "share": 1.0, "knob": f"rate × {rate:g}"} for rate in _SLOWER], 0
+    made = [
+        {"recipe": changed(own, name, **{knob: v}), "rate": 1.0, "share": 1.0, "knob": f"{knob} {v:g}"} for v in values
+    ]
+    return made, start
+
+
+def _at_most_one(field: Any) -> bool:
+    return any(getattr(rule, "le", None) == 1 or getattr(rule, "lt", None) == 1 for rule in field.metadata)
+
+
+def _plain(rate: float, share: float) -> Setting:
+    knob = f"rate × {rate:g}, {share:.0%} of the steps"
+    return {"recipe": ["none"], "rate": rate, "share": share, "knob": knob}
+
+
+#: Plain training, swept over learning rates and where it stops (the schedule ends there, too).
+NAIVE = [_plain(rate, share) for rate in (0.3, 0.5, 1.0, 2.0) for share in (0.35, 0.6, 1.0)]
+PLAIN = next(setting for setting in NAIVE if setting["knob"] == two_tasks_page.USUAL)
+
+
+class WatchedRun(Run):
+    """Notes whether old rows were asked for; draws no progress bars."""
+
+    asked = False
+
+    def old_rows(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked = True
+        return super().old_rows(*args, **kwargs)
+
+    def track(self, steps: Any, label: str, total: int) -> Any:
+        return iter(steps)
+
+
+def train(setting: Setting, seed: int, base: Path) -> dict[str, Any]:
+    """Learn B, then C. `answers` are those to A, B and C before, in between and after; 'asked' about old rows."""
+    from transformers import PrinterCallback
+    from trl import SFTConfig
+
+    from retain.models.load import settled
+    from retain.training.trainer import ContinualTrainer
+
+    model: Any = small_world.pretrained(seed, base)
+    start = time.monotonic()
+    old = small_world.chat(small_world.lessons("A", OLD, 10_000 + seed))
+    found, asked = [{f: small_world.answers(model, f) for f in small_world.FAMILIES}], False
+    with tempfile.TemporaryDirectory() as folder:
+        for index, family in enumerate(small_world.FAMILIES[1:], 1):
+            made = methods.build(setting["recipe"])  # a task begins with fresh methods, as in `retain run`
+            rows = small_world.chat(small_world.lessons(family, ROWS, seed))
+            run = WatchedRun(
+                *(Path(folder) / family, family, index, seed, small_world.tokenizer(), Path(folder)),
+                new_rows=rows,
+                say=lambda line: None,
+            )
+            trainer = ContinualTrainer(
+                model,
+                SFTConfig(
+                    str(run.directory),
+                    max_steps=round(STEPS * setting["share"]),
+                    per_device_train_batch_size=BATCH,
+                    learning_rate=RATE * setting["rate"],
+                    lr_scheduler_type="linear",
+                    warmup_steps=5,
+                    max_length=32,
+                    seed=seed + index,
+                    save_strategy="no",
+                    bf16=False,
+                    use_cpu=True,
+                    gradient_checkpointing=False,
+                    report_to="none",
+                    disable_tqdm=True,
+                    logging_steps=STEPS,
+                ),
+                train_dataset=rows,
+                processing_class=small_world.tokenizer(),
+                methods=made,
+                old=old,
+                run=run,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            trainer.release()
+            model, asked = settled(trainer.model), asked or run.asked
+            found.append({f: small_world.answers(model, f) for f in small_world.FAMILIES})
+    return {"answers": found, "asked": asked, "seconds": round(time.monotonic() - start, 1)}
+
+
+class Store:
+    """One file per (method, setting, seed); what is there is not measured again, unless its method is in `fresh`."""
+
+    def __init__(self, folder: Path, deadline: float = float("inf"), fresh: Sequence[str] = ()) -> None:
+        self.folder, self.deadline, self.fresh = folder, deadline, set(fresh)
+        self.trained: set[Path] = set()
+
+    def path(self, name: str, setting: Setting, seed: int) -> Path:
+        facts = [small_world.VERSION, STEPS, BATCH, ROWS, OLD, RATE, setting]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+        return self.folder / name / f"{key}-seed{seed}.json"
+
+    def get(self, name: str, setting: Setting, seed: int) -> dict[str, Any]:
+        """The result, measured now or before.
+
+        Raises:
+            OutOfTime: the budget is spent.
+        """
+        path = self.path(name, setting, seed)
+        if path.is_file() and (name not in self.fresh or path in self.trained):
+            return json.loads(path.read_text())
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+        result = {"method": name, **setting, "seed": seed, **train(setting, seed, self.folder / "base")}
+        self.trained.add(path)
+        write(path, json.dumps(result) + "\n")
+        return result
+
+
+class OutOfTime(Exception):
+    """The budget of this call is spent; everything measured so far is kept."""
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def numbers(results: Sequence[dict[str, Any]], label: str) -> Point:
+    """New-task score right after each task, and what A and B lost until the end."""
+    new, lost = [], []
+    for result in results:
+        before, between, after = (
+            {f: np.array([int(c) for c in text], dtype=float) for f, text in stage.items()}
+            for stage in result["answers"]
+        )
+        new.append(np.concatenate([between["B"], after["C"]]))
+        lost.append(np.concatenate([before["A"] - after["A"], between["B"] - after["B"]]))
+    return Point(label, np.stack(new), np.stack(lost))
+
+
+def choose(rungs: Sequence[Setting], start: int, measure: Callable[[Setting], Point], needed: float) -> Setting:
+    """Walk the ladder on the pilot seed: stronger while enough is learned, weaker until it is; of the settings seen
+    that learn enough, the one that lost least; of none, the one that learned most."""
+    seen: dict[int, Point] = {}
+
+    def enough(place: int) -> bool:
+        seen[place] = measure(rungs[place])
+        return seen[place].learned >= needed
+
+    step = 1 if enough(start) else -1
+    place = start + step
+    while 0 <= place < len(rungs):
+        fine = enough(place)
+        if fine != (step > 0):
+            break
+        place += step
+    able = [i for i in seen if seen[i].learned >= needed]
+    best = min(able, key=lambda i: (seen[i].forgotten, -i)) if able else max(seen, key=lambda i: seen[i].learned)
+    return rungs[best]
+
+
+def measured(name: str, store: Store, seeds: Sequence[int]) -> Row:
+    """The row of a method: a setting chosen on the pilot seed, measured on the others."""
+    needed = MARGIN * numbers([store.get("none", PLAIN, PILOT)], "").learned
+    rungs, start = ladder(name)
+    best = choose(rungs, start, lambda s: numbers([store.get(name, s, PILOT)], s["knob"]), needed)
+    return row(name, best, store, seeds)
+
+
+def row(name: str, setting: Setting, store: Store, seeds: Sequence[int]) -> Row:
+    """A method at one setting."""
+    results = [store.get(name, setting, seed) for seed in seeds]
+    seconds = float(np.median([r["seconds"] for r in results]))
+    asked = any(r["asked"] for r in results)
+    return Row(name, setting["recipe"], setting["knob"], numbers(results, setting["knob"]), asked, seconds)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    names = methods.names()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="METHOD")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="two or more")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--budget-minutes", type=float, default=float("inf"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    given = parser.parse_args(arguments)
+    if len(set(given.seeds)) < 2 or PILOT in given.seeds:
+        parser.error(f"--seeds: give two or more different ones; {PILOT} is the pilot.")
+
+    from datasets import disable_progress_bars
+    from rich.console import Console
+
+    from retain.cli.common import quiet_libraries
+
+    quiet_libraries()
+    disable_progress_bars()
+    say = Console(stderr=True, highlight=False, markup=False).print
+    store = Store(given.out, time.monotonic() + 60 * given.budget_minutes, given.only if given.fresh else ())
+    kept = Store(given.out, deadline=float("-inf"))  # of methods that were not asked for: what is there
+    try:
+        plain = [row("none", setting, store, given.seeds) for setting in NAIVE]
+    except OutOfTime:
+        say("The budget is spent before plain training was measured. The same command goes on.")
+        return 3
+    rows, missing, failed = [], [], {}
+    for name in names:
+        if name == "none":
+            continue
+        try:
+            rows.append(measured(name, store if name in given.only else kept, given.seeds))
+            say(two_tasks_page.line(rows[-1], plain))
+        except OutOfTime:
+            missing.append(name)
+        except Exception as error:  # a method that cannot be trained here is a line of the table, not its end
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            say(f"{name}: {failed[name]}")
+    write(given.page, two_tasks_page.page(plain, rows, failed, missing, given.seeds, OLD))
+    left = [name for name in missing if name in given.only]
+    if left:
+        say(f"The budget is spent; missing: {', '.join(left)}. The same command goes on.")
+    return 3 if left else 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
