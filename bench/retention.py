@@ -38,21 +38,21 @@ SECONDS = {False: 200.0, True: 60.0}  # of a run, and of an interpolation, until
 _TEXT = """# Learned against kept, on a real model
 
 Written by `python bench/retention.py --data DATA --seeds {seeds}`. SmolLM2-135M-Instruct learns {families} families of
-`reasoning_gym` (40 short rows each, one epoch, batch 8). Kept: the core suite, {kept}; at most 40 items a probe.
+`reasoning_gym` (40 short rows each, one epoch, batch 8). Kept: the core suite, {kept}; at most {items} items a probe.
 
 ![Learned against kept](retention.svg)
 
 {table}
 
-- **learned**: gain on unseen rows of the same families, in points. **lost**: what the reference probes lost, macro mean,
-  in points; **kept**: the same as a percentage of the base.
+- **learned**: gain on unseen rows of the same families, in points. **lost**: what the reference probes lost, in points,
+  mean over probes; **kept**: the same as a percentage of the base.
 - **difference to plain**: lost − what plain training loses where it learns as much, paired over items and seeds. Plain
   training is all `naive` rows: three learning rates, stopped halfway, and weights between the base and the end
   (`alpha`); between two of its best settings stands their mixture.
 - **verdict**: *does not reach the new score* where less than {reached:.0%} of the largest gain of plain training is
   learned, else from that interval. No verdict without two seeds.
-- Brackets are 95 % intervals over seeds and items, over items alone where there is one seed. The settings of the methods
-  are usual ones, not tuned on these data. `dolly-5` replays 5 % rows of dolly-15k; all other replay is self-written.
+- Brackets are 95 % intervals over seeds and items, over items alone where there is one seed. The settings of the
+  methods are usual ones, not tuned on these data. `dolly-5` replays 5 % rows of dolly-15k; all other replay is self-written.
 
 Recipes:
 
@@ -135,7 +135,7 @@ def rows(results: Path, seeds: Sequence[int]) -> list[Row]:
     return found
 
 
-def page(found: Sequence[Row], seeds: Sequence[int]) -> str:
+def page(found: Sequence[Row], seeds: Sequence[int], items: int) -> str:
     """The text of docs/retention.md."""
     head = ("recipe", "carrier", "seeds", "learned", "lost", "kept", "difference to plain", "verdict")
     lines = [head, ("---",) * len(head)]
@@ -159,6 +159,7 @@ def page(found: Sequence[Row], seeds: Sequence[int]) -> str:
         kept=", ".join(f"`{name}`" for name in KEPT),
         table="\n".join(f"| {' | '.join(cells)} |" for cells in lines),
         reached=REACHED,
+        items=items,
         recipes="\n".join(used),
     )
 
@@ -205,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="print what is left to run, and stop")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="begin no run that would pass it")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--items", type=int, default=40, help="per probe")
+    parser.add_argument("--items", type=int, default=24, help="per probe")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "retention.md")
@@ -228,7 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.monotonic()
         guess = longest or SECONDS[recipe.alpha is not None]
         if start + guess - begun > 60 * given.budget_minutes:
-            say(f"The budget is spent; {left(bench, given.seeds, given.only)[0]} runs remain. The same command goes on.")
+            count, _ = left(bench, given.seeds, given.only)
+            say(f"The budget is spent; {count} runs remain. The same command goes on.")
             break
         if bench.path(recipe.name, seed).is_file():
             continue  # came with another one
@@ -240,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not found:
         say("No results yet. Give --data.")
         return 1
-    write(given.page, page(found, given.seeds))
+    write(given.page, page(found, given.seeds, given.items))
     write(given.page.with_suffix(".svg"), picture(found))
     print(f"{given.page}: {len(found)} recipes.")
     return 0

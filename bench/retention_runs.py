@@ -27,8 +27,30 @@ FAMILIES = (
 )
 KEPT = ("arc_easy", "piqa", "blimp", "facts_countries", "facts_elements")
 ALPHAS = (0.3, 0.5, 0.7, 0.85)
-_TRAIN = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "max_length": 192, "save_strategy": "no"}
+_TRAIN: dict[str, Any] = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "max_length": 192, "save_strategy": "no"}
 FULL, ADAPTER = 5e-5, 5e-4  # learning rates of full fine-tuning and of LoRA
+#: Recipes for what people do, where the package brings no preset of that name.
+_PRESETS: dict[str, list[Any]] = {
+    "basic": [
+        {"lora": {"r": 16}},
+        {"replay": {"fraction": 0.3, "max_tokens": 48}},
+        {"distill": {"strength": 2.0}},
+        {"interpolate": {"strength": 0.1}},
+    ],
+    "advanced": [
+        {"lora": {"r": 16}},
+        {"replay": {"fraction": 0.3, "max_tokens": 48}},
+        {"distill": {"strength": 2.0}},
+        {"subspace": {"share": 0.5}},
+        {"interpolate": {"strength": 0.2}},
+    ],
+    "medical": [
+        {"lora": {"r": 16}},
+        {"replay": {"fraction": 0.2, "max_tokens": 48}},
+        {"ewc": {"strength": 1.0, "samples": 96}},
+        {"interpolate": {"strength": 0.2}},
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +78,13 @@ class Recipe:
         return "LoRA" if "lora" in names else "full"
 
 
-def preset(name: str, otherwise: list[Any]) -> list[Any]:
-    """The methods of a preset that comes with the package, or the ones given here where there is none."""
+def preset(name: str, otherwise: list[Any]) -> Recipe:
+    """A preset that comes with the package, or the methods given here where there is none. How long and on how many
+    rows at once is trained is the bench's business, for all recipes alike."""
     path = PRESETS / f"{name}.yaml"
-    return list(yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]) if path.is_file() else otherwise
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {"methods": otherwise}
+    train = {key: value for key, value in (found.get("train") or {}).items() if key not in _TRAIN}
+    return Recipe(name, list(found["methods"]), train)
 
 
 def recipes() -> list[Recipe]:
@@ -82,10 +107,8 @@ def recipes() -> list[Recipe]:
         Recipe("eaft", ["eaft"]),
         Recipe("subspace", [lora, {"subspace": {"share": 0.5, "energy": 0.95, "samples": 64}}]),
         Recipe("der", [{"der": {"strength": 0.5, "labels": 0.5, "old": 96}}]),
-        Recipe("basic", preset("basic", [lora, {"replay": {"fraction": 0.3, "max_tokens": 48}}, {"distill": {"strength": 2.0}}, {"interpolate": {"strength": 0.1}}])),
-        Recipe("advanced", preset("advanced", [lora, {"replay": {"fraction": 0.3, "max_tokens": 48}}, {"distill": {"strength": 2.0}}, {"subspace": {"share": 0.5}}, {"interpolate": {"strength": 0.2}}])),
-        Recipe("medical", preset("medical", [lora, {"replay": {"fraction": 0.2, "max_tokens": 48}}, {"ewc": {"strength": 1.0, "samples": 96}}, {"interpolate": {"strength": 0.2}}])),
-    ]  # fmt: skip
+        *(preset(name, methods) for name, methods in _PRESETS.items()),
+    ]
     assert len({r.name for r in found}) == len(found)
     return found
 
@@ -107,7 +130,7 @@ class Bench:
     work: Path
     results: Path
     model: str = "starter"
-    items: int = 40
+    items: int = 24
     train: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
 
@@ -127,7 +150,11 @@ class Bench:
             "model": self.model,
             "tasks": [{"name": "reasoning", "data": str(self._rows())}],
             "methods": recipe.methods,
-            "probes": {"reference": ["core", *(str(self.data / n / "test.jsonl") for n in KEPT)], "limit": self.items},
+            "probes": {
+                "reference": ["core", *(str(self.data / n / "test.jsonl") for n in KEPT)],
+                "limit": self.items,
+                "task_limit": 80,
+            },
             "train": _TRAIN | {"learning_rate": rate} | self.train | recipe.train,
             "seed": seed,
             "output": str(self.folder(recipe.name, seed)),

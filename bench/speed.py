@@ -139,9 +139,7 @@ def known_costs(path: Path, about: dict[str, Any]) -> dict[str, method_costs.Cos
     return {name: method_costs.Cost(**cost) for name, cost in found.items() if not cost["problem"]}
 
 
-def save(
-    path: Path, about: dict[str, Any], rows: dict[str, list[Line]], costs: dict[str, method_costs.Cost]
-) -> None:
+def save(path: Path, about: dict[str, Any], rows: dict[str, list[Line]], costs: dict[str, method_costs.Cost]) -> None:
     """Everything measured so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")

@@ -32,8 +32,8 @@ methods that give little weight to such tokens (`eaft`, `stm`, `flow`, `dft`) ar
   (adapters, masks and path integrals that are taken during a task): those can save B alone. `lost A` and `lost B`
   show which.
 - **setting**: recipe of the method's example (`examples/NAME.yaml`); its main knob is moved from there, stronger while
-  the method learns at least 97 % of what plain training learns, and weaker until it does, on a pilot seed that
-  is not in the table. The setting that lost least on it is measured on the seeds of the table. Methods without a
+  the method learns at least 97 % of what plain training learns, and weaker until it does, on two pilot seeds that
+  are not in the table. The setting that lost least on them is measured on the seeds of the table. Methods without a
   knob are tried with smaller learning rates.
 - **old rows**: whether the method asked for old rows. It got {old} questions of A with their answers.
 - **difference to plain**: lost − what plain training loses *where it learns as much*, paired over seeds and items. Plain
@@ -81,7 +81,12 @@ def line(row: Row, plain: Sequence[Row]) -> str:
 
 
 def page(
-    plain: Sequence[Row], rows: Sequence[Row], failed: Mapping[str, str], missing: Sequence[str], seeds: Sequence[int], old: int
+    plain: Sequence[Row],
+    rows: Sequence[Row],
+    failed: Mapping[str, str],
+    missing: Sequence[str],
+    seeds: Sequence[int],
+    old: int,
 ) -> str:
     """The text of the page; methods that forget least come first, those that learn too little last."""
     found = [(row, verdict(row, plain)) for row in rows]
@@ -91,7 +96,7 @@ def page(
         notes.append(f"- Not measured yet: {', '.join(missing)}.")
     front = {point.label for point in plain_front([p.point for p in plain])}
     naive = [
-        (p.knob, _percent(v.learned), _percent(v.lost), "yes" if p.knob in front else "")
+        (p.knob, _share(v.learned), _percent(v.lost), "yes" if p.knob in front else "")
         for p in plain
         for v in [verdict(p, plain)]
     ]
@@ -119,7 +124,7 @@ def _cells(row: Row, found: Verdict) -> tuple[str, ...]:
         ", ".join(names_of(without(row.recipe, row.name))),
         row.knob,
         "yes" if row.asked else "",
-        _percent(found.learned),
+        _share(found.learned),
         _percent(found.lost),
         f"{lost_a:.0f}",
         f"{lost_b:.0f}",
@@ -131,3 +136,8 @@ def _cells(row: Row, found: Verdict) -> tuple[str, ...]:
 
 def _percent(interval: Any) -> str:
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _share(interval: Any) -> str:
+    """As `_percent`, without what no share can be: the bootstrap widens beyond the ends."""
+    return _percent(interval._replace(low=max(0.0, interval.low), high=min(1.0, interval.high)))

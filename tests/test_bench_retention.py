@@ -93,11 +93,13 @@ def test_ends_of_the_interpolation_are_the_base_and_the_run(bench):
     config = bench.config(recipe, 0)
     base = load_items(RunDirectory(config.directory).items(BASE))
     ends = {0.0: base, 1.0: load_items(last)}
-    assert retention_runs.scores(ends[0.0]) != retention_runs.scores(ends[1.0]), "training must have moved something"
+
+    def said(rows):
+        return [(row["probe"], row["item"], row["output"], row["score"], row["details"]) for row in rows]
+
+    assert said(ends[0.0]) != said(ends[1.0]), "training must have moved something"
     for alpha, expected in ends.items():
-        found = retention_runs._between(bench, recipe, 0, alpha)
-        assert [(r["probe"], r["item"]) for r in found] == [(r["probe"], r["item"]) for r in expected]
-        assert [r["score"] for r in found] == pytest.approx([r["score"] for r in expected], abs=1e-5)
+        assert said(retention_runs._between(bench, recipe, 0, alpha)) == said(expected)
 
 
 def test_only_the_chosen_families_are_learned(bench):
@@ -139,7 +141,7 @@ def test_one_seed_gives_no_verdict(tmp_path, monkeypatch):
         for seed in (0, 1):
             run = {"scores": {"kept": "1" * 10 + kept * 10, "new": "1" * 20}}
             retention_runs.write(tmp_path / f"{name}-seed{seed}.json", json.dumps(run))
-    assert "needs two seeds" in retention.page(retention.rows(tmp_path, [0]), [0])
+    assert "needs two seeds" in retention.page(retention.rows(tmp_path, [0]), [0], 24)
     both = {row.recipe.name: row for row in retention.rows(tmp_path, [0, 1])}
     assert both["ewc"].found.word == "forgets less"
     assert both["ewc"].found.difference.value == pytest.approx(-0.5)
@@ -161,6 +163,8 @@ def test_real_recipes_can_be_built(monkeypatch):
 
 def test_presets_of_the_package_come_first(tmp_path, monkeypatch):
     monkeypatch.setattr(retention_runs, "PRESETS", tmp_path)
-    assert retention_runs.preset("basic", ["lora"]) == ["lora"]
-    (tmp_path / "basic.yaml").write_text("methods: [ewc, {replay: {fraction: 0.1}}]\n")
-    assert retention_runs.preset("basic", ["lora"]) == ["ewc", {"replay": {"fraction": 0.1}}]
+    assert retention_runs.preset("basic", ["lora"]) == Recipe("basic", ["lora"])
+    text = "methods: [ewc, {replay: {fraction: 0.1}}]\ntrain: {learning_rate: 0.5, num_train_epochs: 9}\n"
+    (tmp_path / "basic.yaml").write_text(text)
+    expected = Recipe("basic", ["ewc", {"replay": {"fraction": 0.1}}], {"learning_rate": 0.5})
+    assert retention_runs.preset("basic", ["lora"]) == expected, "the length of the training is the bench's"
