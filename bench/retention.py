@@ -52,7 +52,8 @@ Written by `python bench/retention.py --data DATA --seeds {seeds}`. SmolLM2-135M
 - **verdict**: *does not reach the new score* where less than {reached:.0%} of the largest gain of plain training is
   learned, else from that interval. No verdict without two seeds.
 - Brackets are 95 % intervals over seeds and items, over items alone where there is one seed. The settings of the
-  methods are usual ones, not tuned on these data. `dolly-5` replays 5 % rows of dolly-15k; all other replay is self-written.
+  methods are usual ones, not tuned on these data. `dolly-5` replays 5 % rows of dolly-15k; all other replay is
+  self-written.
 
 Recipes:
 

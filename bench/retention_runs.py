@@ -27,7 +27,12 @@ FAMILIES = (
 )
 KEPT = ("arc_easy", "piqa", "blimp", "facts_countries", "facts_elements")
 ALPHAS = (0.3, 0.5, 0.7, 0.85)
-_TRAIN: dict[str, Any] = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "max_length": 192, "save_strategy": "no"}
+_TRAIN: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 1,
+    "max_length": 192,
+    "save_strategy": "no",
+}
 FULL, ADAPTER = 5e-5, 5e-4  # learning rates of full fine-tuning and of LoRA
 #: Recipes for what people do, where the package brings no preset of that name.
 _PRESETS: dict[str, list[Any]] = {

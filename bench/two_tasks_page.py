@@ -36,11 +36,11 @@ methods that give little weight to such tokens (`eaft`, `stm`, `flow`, `dft`) ar
   are not in the table. The setting that lost least on them is measured on the seeds of the table. Methods without a
   knob are tried with smaller learning rates.
 - **old rows**: whether the method asked for old rows. It got {old} questions of A with their answers.
-- **difference to plain**: lost − what plain training loses *where it learns as much*, paired over seeds and items. Plain
-  training is swept over learning rates and early stopping ({settings} settings, below); between two of its best
-  settings stands their mixture.
+- **difference to plain**: lost − what plain training loses *where it learns as much*, paired over seeds and items.
+  Plain training is swept over learning rates and early stopping ({settings} settings, below); between two of its
+  best settings stands their mixture.
 - **verdict**: *does not reach the new score* where less than {reached:.0%} of what plain training learns at the usual
-  rate is learned; otherwise from the difference's interval. Of forty verdicts at 95 % about two are wrong by chance alone.
+  rate is learned; otherwise from the difference's interval. Of forty verdicts at 95 % about two are wrong by chance.
 
 Brackets are 95 % intervals over seeds and items: what to expect of the next seed in *this* world. s: seconds for both
 tasks together, on one core.
