@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from matched import REACHED, Point, Verdict, judge
-from retention_runs import FAMILIES, KEPT, Bench, Recipe, carry_out, recipes, write
+from retention_runs import FAMILIES, KEPT, ROWS, Bench, Recipe, carry_out, recipes, write
 
 from retain.functional.statistics import Interval, macro_interval
 from retain.report import front
@@ -33,12 +33,12 @@ from retain.results import Estimate
 
 ROOT = Path(__file__).parent.parent
 RESULTS, WORK = ROOT / "bench" / "results" / "retention", ROOT / "bench" / "out" / "retention"
-SECONDS = {False: 200.0, True: 60.0}  # of a run, and of an interpolation, until some were measured here
+SECONDS = {False: 230.0, True: 90.0}  # of a run, and of an interpolation, until some were measured here
 
 _TEXT = """# Learned against kept, on a real model
 
 Written by `python bench/retention.py --data DATA --seeds {seeds}`. SmolLM2-135M-Instruct learns {families} families of
-`reasoning_gym` (40 short rows each, one epoch, batch 8). Kept: the core suite, {kept}; at most {items} items a probe.
+`reasoning_gym` ({rows} short rows, one epoch, batch 8). Kept: the core suite, {kept}; at most {items} items a probe.
 
 ![Learned against kept](retention.svg)
 
@@ -157,6 +157,7 @@ def page(found: Sequence[Row], seeds: Sequence[int], items: int) -> str:
     return _TEXT.format(
         seeds=" ".join(map(str, seeds)),
         families=len(FAMILIES),
+        rows=ROWS,
         kept=", ".join(f"`{name}`" for name in KEPT),
         table="\n".join(f"| {' | '.join(cells)} |" for cells in lines),
         reached=REACHED,
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="print what is left to run, and stop")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="begin no run that would pass it")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--items", type=int, default=24, help="per probe")
+    parser.add_argument("--items", type=int, default=16, help="per probe")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "retention.md")

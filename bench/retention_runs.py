@@ -22,9 +22,10 @@ from retain.rundir import BASE, RunDirectory
 PRESETS = Path(__file__).parent.parent / "src" / "retain" / "presets"
 #: Families with short rows whose answers a small model can learn to give: the form at once, the content in part.
 FAMILIES = (
-    *("word_sequence_reversal", "sentence_reordering", "family_relationships", "syllogism"),
-    *("gcd", "products", "fraction_simplification", "letter_counting"),
+    *("gcd", "products", "chain_sum", "fraction_simplification"),
+    *("prime_factorization", "letter_counting", "syllogism", "sentence_reordering"),
 )
+ROWS = 256  # of their 320, drawn with the seed: 32 steps
 KEPT = ("arc_easy", "piqa", "blimp", "facts_countries", "facts_elements")
 ALPHAS = (0.3, 0.5, 0.7, 0.85)
 _TRAIN: dict[str, Any] = {
@@ -99,7 +100,7 @@ def recipes() -> list[Recipe]:
         Recipe("naive", naive),
         Recipe("naive-slow", naive, {"learning_rate": 2e-5}),
         Recipe("naive-fast", naive, {"learning_rate": 1e-4}),
-        Recipe("naive-early", naive, {"max_steps": 20}),
+        Recipe("naive-early", naive, {"max_steps": 16}),
         *(Recipe(f"naive-alpha-{a:g}", naive, alpha=a, after="naive") for a in ALPHAS),
         Recipe("dolly-5", [{"replay": {"fraction": 0.05, "source": "old"}}], old="dolly"),
         Recipe("lora", [lora]),
@@ -135,7 +136,7 @@ class Bench:
     work: Path
     results: Path
     model: str = "starter"
-    items: int = 24
+    items: int = 16
     train: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
 
@@ -153,12 +154,12 @@ class Bench:
         values: dict[str, Any] = {
             "name": recipe.name,
             "model": self.model,
-            "tasks": [{"name": "reasoning", "data": str(self._rows())}],
+            "tasks": [{"name": "reasoning", "data": str(self._rows()), "limit": ROWS}],
             "methods": recipe.methods,
             "probes": {
                 "reference": ["core", *(str(self.data / n / "test.jsonl") for n in KEPT)],
                 "limit": self.items,
-                "task_limit": 80,
+                "task_limit": 64,
             },
             "train": _TRAIN | {"learning_rate": rate} | self.train | recipe.train,
             "seed": seed,
