@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from retain.results import load_items, load_metrics, load_results
 from retain.training import checkpoint
 
-CASES = ("none", "replay-distill", "ewc", "mas", "si", "agem", "sam", "l2sp", "self", "on_policy", "stages")
+CASES = ("none", "replay-distill", "ewc", "mas", "si", "agem", "sam", "l2sp", "self", "on_policy", "priority", "stages")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_same_weights(both, case):
         assert one.keys() != plain.keys() or any(not torch.equal(one[name], plain[name]) for name in one)
 
 
-@pytest.mark.parametrize("case", ["replay-distill", "self", "on_policy"])
+@pytest.mark.parametrize("case", ["replay-distill", "self", "on_policy", "priority"])
 def test_same_rows_at_every_step(both, case):
     def windows(folder: Path, processes: int) -> list[list[tuple]]:
         """Rows of each optimizer step, in any order within the step, with their origin."""

@@ -8,6 +8,7 @@ as if the buffer had never been closed.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -50,9 +51,11 @@ class Buffer:
         RunError: the directory holds a buffer with other settings, or a damaged one.
     """
 
+    policies = POLICIES
+
     def __init__(self, directory: str | Path, size: int = 10_000, policy: str = "reservoir", seed: int = 0) -> None:
-        if policy not in POLICIES:
-            raise ConfigError(unknown("buffer.policy", policy, POLICIES))
+        if policy not in self.policies:
+            raise ConfigError(unknown("buffer.policy", policy, self.policies))
         if size < 1:
             raise ConfigError(f"buffer.size: {size} given. Allowed: 1 or more.")
         self.directory, self.size, self.policy, self.seed = Path(directory), size, policy, seed
@@ -73,7 +76,21 @@ class Buffer:
         """
         if self._file is None:
             raise DataError(f"{self.directory}: the buffer is empty. Add rows before replaying them.")
-        return self._stored().remove_columns(list(_PLACE))
+        stored = self._stored()
+        return stored.remove_columns([name for name in _PLACE if name in stored.column_names])
+
+    def before(self, source: str) -> Buffer:
+        """The buffer as it was before the rows of `source` were added, if they were the last; else itself.
+
+        A run that was killed after a task filled the buffer goes on with what it replayed before, also where rows had
+        to make room for those of the task.
+        """
+        if source not in self.counts("source"):
+            return self
+        twin = copy.copy(self)
+        twin.directory = self.directory / "before"
+        twin._reopen()
+        return twin
 
     def counts(self, column: str = "task") -> dict[str, int]:
         """Rows per task (or per source), in the order of the names."""
@@ -204,22 +221,39 @@ class Buffer:
 
     def _write(self, rows: Dataset) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        before, name = self._file, f"rows-{self.seen:012d}.parquet"
+        before, name = self._file, self._file_name()
         temporary = self.directory / (name + ".part")
         rows.to_parquet(str(temporary))
         temporary.replace(self.directory / name)
+        if before is not None:
+            self._keep_before(before)
         self._commit(name)
         self._cached = None
         if before is not None:
             (self.directory / before).unlink(missing_ok=True)
         shutil.rmtree(self.directory / "cache", ignore_errors=True)
 
+    def _keep_before(self, name: str) -> None:
+        """Copy the buffer as it is on disk into a folder of its own, whole at any moment."""
+        folder = self.directory / "before"
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(self.directory / name, folder / (name + ".part"))
+        (folder / (name + ".part")).replace(folder / name)
+        write_text(folder / "state.json", (self.directory / "state.json").read_text(encoding="utf-8"))
+        for file in folder.glob("*.parquet"):
+            if file.name != name:
+                file.unlink()
+
+    def _file_name(self) -> str:
+        return f"rows-{self.seen:012d}.parquet"
+
+    def _settings(self) -> dict[str, Any]:
+        """What a buffer that is opened again must have been made with."""
+        return {"version": _VERSION, "size": self.size, "policy": self.policy, "seed": self.seed}
+
     def _commit(self, name: str) -> None:
         state = {
-            "version": _VERSION,
-            "size": self.size,
-            "policy": self.policy,
-            "seed": self.seed,
+            **self._settings(),
             "seen": self.seen,
             "file": name,
             "groups": {group: reservoir.state_dict() for group, reservoir in self._groups.items()},
@@ -235,8 +269,7 @@ class Buffer:
         path = self.directory / "state.json"
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            given = {"version": _VERSION, "size": self.size, "policy": self.policy, "seed": self.seed}
-            for name, value in given.items():
+            for name, value in self._settings().items():
                 if state[name] != value:
                     raise RunError(
                         f"{path}: made with {name} {state[name]}, but {value} is asked for now. "

@@ -21,12 +21,15 @@ class Mixture:
         replay: rows that are mixed in, or None.
         fraction: share of replay as a function of progress through the task, 0 to 1.
         by: whether the share counts rows or supervised tokens.
+        choose: (step from 0, places) → which replay rows take the places that the plan gives to replay in that step;
+            None where the plan itself says which.
     """
 
     new: Any
     replay: Any | None = None
     fraction: Callable[[float], float] | None = None
     by: Literal["rows", "tokens"] = "rows"
+    choose: Callable[[int, int], np.ndarray] | None = None
 
 
 class MixtureSampler(Sampler[int]):
@@ -39,6 +42,7 @@ class MixtureSampler(Sampler[int]):
         new_lengths, replay_lengths: supervised tokens per row (used when `by` is "tokens").
         window: rows per optimizer step over all ranks and accumulation steps.
         epochs: planned passes over the new rows; progress 1 is the end of the last.
+        choose: as of `Mixture`; asked when a step's rows are read. How many places replay has is planned all the same.
     """
 
     def __init__(
@@ -50,9 +54,11 @@ class MixtureSampler(Sampler[int]):
         window: int,
         epochs: int,
         seed: int,
+        choose: Callable[[int, int], np.ndarray] | None = None,
     ) -> None:
         self.new_lengths, self.replay_lengths = np.asarray(new_lengths), np.asarray(replay_lengths)
         self.fraction, self.by, self.window, self.epochs, self.seed = fraction, by, window, epochs, seed
+        self.choose = choose
         self.epoch = 0
         self._plan: dict[int, np.ndarray] = {}
         self._equal: np.ndarray | None = None  # all epochs in a row, where their lengths differ
@@ -98,4 +104,14 @@ class MixtureSampler(Sampler[int]):
         return len(self.plan(self.epoch))
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.plan(self.epoch).tolist()
+        rows = self.plan(self.epoch)
+        if self.choose is None:
+            yield from rows.tolist()
+            return
+        step = sum(-(-len(self.plan(epoch)) // self.window) for epoch in range(self.epoch))
+        for begin in range(0, len(rows), self.window):
+            part = rows[begin : begin + self.window].copy()
+            late = part >= len(self.new_lengths)
+            part[late] = len(self.new_lengths) + self.choose(step, int(late.sum()))
+            yield from part.tolist()
+            step += 1

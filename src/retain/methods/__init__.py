@@ -23,7 +23,18 @@ FAMILIES = {
     "merging": "After training",
 }
 #: Files that hold no method.
-_SUPPORT = {"__init__", "base", "context", "distilling", "pulling", "remembering", "weighing", "writing"}
+_SUPPORT = {
+    "__init__",
+    "base",
+    "context",
+    "distilling",
+    "prioritised",
+    "pulling",
+    "remembering",
+    "weighing",
+    "worth",
+    "writing",
+}
 
 
 @lru_cache

@@ -55,11 +55,12 @@ class AGEM(Method):
         parts = [run.old_rows(model, self.config.rows)]
         folder = run.buffer / "tasks"
         if self.config.buffer and folder.is_dir():
-            rows = Buffer(folder, size=self.config.buffer, seed=run.seed).rows()
             # a run killed after this task filled the buffer must draw what it drew before
-            rows = rows.select([i for i, source in enumerate(rows["source"]) if source != run.task])
-            number = min(self.config.rows, len(rows))
-            parts.append(rows.shuffle(seed=run.seed + run.task_index).select(range(number)))
+            buffer = Buffer(folder, size=self.config.buffer, seed=run.seed).before(run.task)
+            if len(buffer):
+                rows = buffer.rows()
+                number = min(self.config.rows, len(rows))
+                parts.append(rows.shuffle(seed=run.seed + run.task_index).select(range(number)))
         found = joined([run.tokenise(part) for part in parts if len(part)])
         if found is None or len(found) == 0:
             raise ConfigError("methods.agem: no old row is left after tokenising. Give `old:` rows, or other ones.")

@@ -104,6 +104,11 @@ class Method:
         """
         return None
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether `token_weights` may give weights under these settings; where no method does, nothing is computed."""
+        return type(self).token_weights is not Method.token_weights
+
     # -- once per task, before training ------------------------------------------------------------------
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         """Add rows to what is trained on."""

@@ -37,6 +37,7 @@ class Batch:
     labels: torch.Tensor
     hidden: torch.Tensor
     source: torch.Tensor
+    number: torch.Tensor | None = None  # [B] which replay row each is, −1 for new rows; where they are chosen late
 
     @property
     def supervised(self) -> torch.Tensor:

@@ -8,14 +8,22 @@ gives as `old`, otherwise conversations that the model writes with itself before
 arXiv:2406.08464; self-written replay, arXiv:2602.20162). `source: demonstrations` writes rows like a few that are
 given: inputs in context, answers by the latest model, k-means for diversity (SSR, arXiv:2403.01244). `on_policy` lets
 the latest model answer old prompts before each task and keeps what a check finds right (OPR, arXiv:2605.29495). What
-was written, and by which weights, is in the run's `buffer` folder.
+was written, and by which weights, is in the run's `buffer` folder. With a `priority`, the row of each place is drawn
+late, with P(i) ∝ (u_i + floor)^exponent (Schaul et al. 2015, arXiv:1511.05952), u = what the row is worth, measured
+again while training: a measurement decides from the next one on, so that rows read ahead are the same whoever reads.
 Deviations from the paper: the share is held by counting, not by chance; rows are drawn without repetition within
     a pass over the buffer. A step holds ρ of the batch size, so the same new rows take 1/(1 − ρ) as many steps.
     Inputs from demonstrations are written once and rows of all kinds are chosen after they were answered; on policy
-    the first answer is greedy.
+    the first answer is greedy. Rows drawn by priority are spread evenly over a step (systematic sampling) instead of
+    independently.
 Cost: ρ of a step; writing about one second per two rows on two CPU cores, once, or before each task with `refresh`.
+    A `priority` by loss: a forward pass over all replay rows before the task, over `measure_rows` of them every
+    `measure_every` steps, and over the rows kept after it (`forgetting`, `custom`); `gradient`: a forward and backward
+    pass for each row instead. `length` and `terms`: nothing. `policy: priority` measures all of the task's rows once
+    (not for `forgetting`).
 Combine with: everything; with `distill` the term applies to the replayed rows.   Conflicts: none.
-Tune: `fraction` 0.01–0.05 for general data, 0.1–0.25 in short runs or when little may be lost.
+Tune: `fraction` 0.01–0.05 for general data, 0.1–0.25 in short runs or when little may be lost. `priority:
+    forgetting` where the buffer holds much more than is replayed; `exponent` 0.4–0.8.
 """
 
 from __future__ import annotations
@@ -25,26 +33,27 @@ import math
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from pydantic import Field, ValidationInfo, field_validator
 
 from retain.data.buffer import Buffer
 from retain.data.mixture import Mixture
 from retain.errors import ConfigError
 from retain.functional.sampling import schedule
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method
 from retain.methods.context import Run
+from retain.methods.prioritised import Prioritised
 from retain.methods.writing import Demonstrations, OnPolicy, Server, Writing
 
 
-class Replay(Method):
+class Replay(Prioritised, Method):
     """Experience replay, with self-written rows when old data are gone."""
 
+    name = "replay"
     family = "replay"
     paper = "arXiv:1811.11682"
     off = {"fraction": 0.0}
 
-    class Config(MethodConfig):
+    class Config(Prioritised.Config):
         fraction: float = Field(0.1, ge=0, lt=1)
         """Share of replay in what is trained on; 0 is off. The start of a schedule that is not constant."""
         schedule: Literal["constant", "linear", "cosine", "rising", "custom"] = "constant"
@@ -95,6 +104,7 @@ class Replay(Method):
 
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         c = self.config
+        self.check_priorities(data)
         parts: list[Any] = []
         given = run.old if c.source != "self" else None
         # twice what one pass needs: variety protects, and fewer are written faster
@@ -113,8 +123,6 @@ class Replay(Method):
         earlier = self._buffer(run)
         if earlier is not None and len(earlier):
             rows = earlier.rows()
-            # a run killed after this task filled the buffer must replay what it replayed before
-            rows = rows.select([i for i, source in enumerate(rows["source"]) if source != run.task])
             # three quarters of the replay stand for abilities from before: task rows must not drown them
             most = number if c.source == "on_policy" else len(rows)  # an answer costs more than a row of a file
             room = -(-len(parts[0]) // 3) if parts else most
@@ -135,20 +143,17 @@ class Replay(Method):
             raise ConfigError("methods.replay: the buffer is empty. Set `source: self`, or give `old:` rows.")
         share = schedule(c.schedule, None if c.schedule == "custom" else c.fraction, c.end, c.expression)
         run.say(f"replay: {len(rows)} rows to replay, share {share(0.0):.0%} of {c.by} at the start.")
-        return Mixture(data.new, rows, share, c.by)
+        return self.prioritised(Mixture(data.new, rows, share, c.by), run)
 
     def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
-        if not PartialState().is_main_process or run.new_rows is None:
-            return
-        buffer = self._buffer(run, create=True)
-        if buffer is not None and run.task not in buffer.counts("source"):
-            buffer.add(run.new_rows, run.task)
+        if self.config.buffer and run.new_rows is not None:
+            self.store(run)
 
-    def _buffer(self, run: Run, create: bool = False) -> Buffer | None:
-        folder = run.buffer / "tasks"
-        if not self.config.buffer or not (create or folder.is_dir()):
+    def _buffer(self, run: Run) -> Buffer | None:
+        if not self.config.buffer:
             return None
-        return Buffer(folder, size=self.config.buffer, seed=run.seed)
+        # a run killed after this task filled the buffer must replay what it replayed before
+        return self.buffer_of(run).before(run.task)
 
 
 def joined(parts: list[Any]) -> Any | None:

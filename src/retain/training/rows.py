@@ -11,14 +11,17 @@ from retain.errors import ConfigError
 
 
 class SourceCollator:
-    """Keeps each row's origin (0 new, 1 replay) beside what the inner collator makes."""
+    """Keeps each row's origin (0 new, 1 replay), and its number where there is one, beside what `inner` makes."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        batch = self.inner([{k: v for k, v in example.items() if k != "source"} for example in examples])
+        own = ("source", "number")
+        batch = self.inner([{k: v for k, v in example.items() if k not in own} for example in examples])
         batch["source"] = torch.tensor([int(example.get("source", 0)) for example in examples])
+        if examples and "number" in examples[0]:
+            batch["number"] = torch.tensor([int(example["number"]) for example in examples])
         return batch
 
 

@@ -93,7 +93,7 @@ class ContinualMixin(_Host):
         run.optimizer = str(getattr(self.args, "optim", "adamw"))
         self._mixture: Mixture | None = None
         self._with_loss = [m.name for m in self.stack.methods if type(m).batch_loss is not Method.batch_loss]
-        self._weighed = any(type(m).token_weights is not Method.token_weights for m in self.stack.methods)
+        self._weighed = any(m.weighs_tokens for m in self.stack.methods)
         self._repeated = any(m.repeats_batches for m in self.stack.methods)
         self._step_begins = True  # the next micro-batch is the first of its step
         self._coverage_checked = False
@@ -142,15 +142,21 @@ class ContinualMixin(_Host):
                 part.select_columns(keep).add_column("source", [origin] * len(part))
                 for origin, part in enumerate((mixture.new, replay))
             ]
-            self._mixture = Mixture(parts[0], parts[1], fraction, mixture.by)
+            if mixture.choose is not None:
+                if self.args.dataloader_drop_last:
+                    raise ConfigError("train.dataloader_drop_last: not with `replay.priority`. Remove one of them.")
+                numbers = ([-1] * len(parts[0]), list(range(len(parts[1]))))
+                parts = [part.add_column("number", number) for part, number in zip(parts, numbers)]
+            self._mixture = Mixture(parts[0], parts[1], fraction, mixture.by, mixture.choose)
             self.train_dataset = concatenate_datasets(parts)
         self.data_collator = SourceCollator(self.data_collator)
         self.run.has_replay = True
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "source" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "source"]
+        for column in ("source", "number"):
+            if column not in self._signature_columns:
+                self._signature_columns = [*self._signature_columns, column]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args, mixture = self.args, self._mixture
@@ -165,6 +171,7 @@ class ContinualMixin(_Host):
             window,
             epochs=self._planned_epochs(len(mixture.new), window),
             seed=args.data_seed if args.data_seed is not None else args.seed,
+            choose=mixture.choose,
         )
 
     def _planned_epochs(self, rows: int, window: int) -> int:
@@ -230,7 +237,7 @@ class ContinualMixin(_Host):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        source = inputs.pop("source", None)
+        source, number = inputs.pop("source", None), inputs.pop("number", None)
         own = self._with_loss or self._weighed or self._repeated
         if not (own and self.model.training and self.is_in_train):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
@@ -240,7 +247,7 @@ class ContinualMixin(_Host):
         kept = {k: v for k, v in inputs.items() if k not in ("labels", "use_cache", "output_router_logits")}
         if source is None:
             source = torch.zeros(labels.shape[0], dtype=torch.long, device=labels.device)
-        batch = Batch(kept, labels, seen[0], source)
+        batch = Batch(kept, labels, seen[0], source, number)
         if self._repeated:
             self._keep(batch, num_items_in_batch)
         if self._weighed:
