@@ -22,7 +22,7 @@ BASE = {"fraction": 0.5, "measure_every": 2, "measure_rows": 6}
 def replay(**settings):
     settings = {"priority": "forgetting"} | BASE | settings
     if settings["priority"] in ("length", "terms"):
-        settings = {name: value for name, value in settings.items() if not name.startswith("measure_every")}
+        settings = {name: value for name, value in settings.items() if not name.startswith("measure_")}
     return Replay(**settings)
 
 
