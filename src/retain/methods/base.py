@@ -6,6 +6,7 @@ its loaders or another method: it returns values, and the trainer scales and com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -103,6 +104,9 @@ class Method:
             old: whether the user gave rows that stand for old data.
         """
         return None
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Raise ConfigError where a setting names a task that is not among those of the run."""
 
     # -- once per task, before training ------------------------------------------------------------------
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
@@ -221,6 +225,10 @@ class Stack(Method):
             if kept := method.keeps_text(old):
                 raise ConfigError(f"methods.{method.name}: the run is private, but this {kept}.")
 
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        for method in self.methods:
+            method.check_tasks(tasks)
+
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         for method in self.methods:
             data = method.prepare_data(data, run)
@@ -262,6 +270,8 @@ class Stack(Method):
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:
             method.edit_gradients(model, run)
+            if type(method).edit_gradients is not Method.edit_gradients:
+                run.plain_gradient = False
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:
