@@ -179,15 +179,17 @@ def test_a_resumed_later_task_ends_with_the_same_bits(tmp_path):
     assert same_bits(*ends)
 
 
-def test_pulls_and_replay_see_both_parts(tmp_path):
-    model = settled(task(tmp_path, "one", 1, team()).model)
-    base = stored(model)
-    ends = [
-        stored(settled(task(tmp_path, "two", 2, team() + more, _with(base), steps=4).model))
-        for more in ([], [L2SP(strength=30.0), Replay(fraction=0.5)])
-    ]
-    far, near = (distance(end, base) for end in ends)
-    assert 0 < near < 0.7 * far
+def test_a_pull_sees_both_parts(tmp_path):
+    """The term of L2-SP is the squared change of the weights as they act, of both parts together."""
+    base = stored(settled(task(tmp_path, "one", 1, team()).model))
+    ends, terms = [], []
+    for strength in (1e-6, 30.0):
+        made = task(tmp_path, "two", 2, [*team(), L2SP(strength=strength), Replay(fraction=0.5)], _with(base), steps=4)
+        ends.append(stored(settled(made.model)))
+        terms += [e["loss/l2sp"] for e in made.state.log_history if "loss/l2sp" in e][-1:]
+    far, near = (sum(float((end[n] - base[n]).square().sum()) for n in base) for end in ends)
+    assert 0 < near < far
+    assert min(terms) > 0
 
 
 def test_mistakes_are_one_line(model, tmp_path):

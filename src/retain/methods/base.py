@@ -311,4 +311,5 @@ def validated(schema: type[BaseModel], options: dict[str, Any], where: str) -> A
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(unknown(where, key, schema.model_fields)) from None
-        raise ConfigError(f"{where}.{key}: {first['msg']} (given: {first['input']!r}).") from None
+        setting = f"{where}.{key}" if key else where  # of several settings together
+        raise ConfigError(f"{setting}: {first['msg']} (given: {first['input']!r}).") from None

@@ -140,7 +140,10 @@ class KeyLayers(Method):
 
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         learning = params.trainable(model)
-        key = [learning[name] for name in self._names]
+        key = [learning[name] for name in self._names if learning[name].grad is not None]  # not what others closed
+        if not key:
+            run.log(f"loss/{self.name}", 0.0)
+            return
         device = key[0].device
         if self._replayed:
             # as the trainer ran them, in training mode and with the same random draws
@@ -156,8 +159,8 @@ class KeyLayers(Method):
                 found, loss, divide = passes.gradients(model, key, batches, answer_loss, run.reduce)
         with torch.no_grad():
             for parameter, slope in zip(key, found):
-                slope.mul_(self.config.strength / max(divide, 1))
-                parameter.grad = slope if parameter.grad is None else parameter.grad.add_(slope)
+                if parameter.grad is not None:
+                    parameter.grad.add_(slope, alpha=self.config.strength / max(divide, 1))
         run.log(f"loss/{self.name}", self.config.strength * loss / max(divide, 1))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
