@@ -120,10 +120,6 @@ def kind_of(annotation: Any) -> str:
         return ", ".join(f"`{show(choice)}`" for choice in inside)
     if origin in (typing.Union, UnionType):
         return " or ".join(kind_of(part) for part in inside)
-    if origin is typing.Annotated:
-        return kind_of(inside[0])
-    if origin is dict:
-        return f"{kind_of(inside[1])} by {kind_of(inside[0])}"
     if origin is list:
         return f"list of {kind_of(inside[0])}"
     if origin is dict:

@@ -193,6 +193,19 @@ def test_mistakes_are_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_settings_without_effect_are_said_or_refused(tmp_path):
+    for other in ({"layers": [1]}, {"patterns": ["norm"]}):
+        for setting in ({"share": 0.5}, {"choose": "top"}, {"samples": 4}):
+            with pytest.raises(ConfigError, match="stand in place of `share`") as caught:
+                KeyLayers(**other, **setting)
+            assert "\n" not in str(caught.value)
+    for team, times in (([Replay(fraction=0.5)], 1), ([], 0)):
+        made, lines = trainer([KeyLayers(batch_size=4, rows=8), *team], tmp_path / str(times), steps=1), []
+        made.run.say = lines.append
+        made.train()
+        assert sum("batch_size, rows has no effect" in line for line in lines) == times
+
+
 def test_rows_whose_origin_is_lost_are_an_error():
     from retain.methods.context import Batch
     from retain.methods.key_layers import check_rows

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retain.errors import ConfigError
 from retain.methods.base import Method, Strength
@@ -59,6 +59,14 @@ class KeyLayers(Method):
         rows: int = Field(256, ge=1)
         """Old rows to draw from where there is no `replay`, at most."""
 
+        @model_validator(mode="after")
+        def _one_choice(self) -> KeyLayers.Config:
+            if (self.layers or self.patterns) and self.model_fields_set & {"share", "choose", "samples"}:
+                raise ValueError(
+                    "`layers` and `patterns` stand in place of `share`, `choose` and `samples`; remove one"
+                )
+            return self
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._layers: list[int] = []
@@ -70,6 +78,8 @@ class KeyLayers(Method):
         if len(rows) == 0:
             raise ConfigError("methods.key_layers: no old row is left after tokenising. Give `old:` other rows.")
         self._rows = rows
+        if self._replayed and (unused := c.model_fields_set & {"batch_size", "rows"}):
+            run.say(f"key_layers: {', '.join(sorted(unused))} has no effect, as `replay` gives the old rows.")
         learning = params.trainable(model)
         blocks = self._blocks(model)
         chosen = set(self._by_name(learning))

@@ -68,7 +68,7 @@ class LoRA(Method):
 
     class Config(Adapter):
         domains: dict[str, Adapter] = {}
-        """Other `r`, `alpha`, `targets`, `dropout` or `domain` for single tasks, by their names."""
+        """Other `r`, `alpha`, `targets`, `dropout` or `domain` for single tasks, by their names; r is 1 or more."""
         dora: bool = False
         """Weight-decomposed LoRA (arXiv:2402.09353)."""
         kind: Literal["lora", "ia3", "loha", "lokr", "hra", "vera", "randlora", "miss"] = "lora"
