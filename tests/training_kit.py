@@ -54,6 +54,8 @@ def other_rows(count: int = 12) -> Dataset:
 class Spy(ContinualTrainer):
     """Remembers the rows of every micro-batch: token ids, supervised tokens and origin."""
 
+    keeps_loss = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seen: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)

@@ -216,7 +216,8 @@ class _Estimator:
         model = Weightless(self.config.model, dtype)
         self.weights = model.bytes(self.config.model.quantize)
         before = _bytes(model.model.parameters())
-        run = Run(Path(self.config.directory), seed=self.config.seed, say=lambda line: None)
+        first = self.config.task_names[0]
+        run = Run(Path(self.config.directory), task=first, seed=self.config.seed, say=lambda line: None)
         triton = self.device != "cpu" and importlib.util.find_spec("triton") is not None
         made = Rehearsal(model, self.stack, run, half, self.args.gradient_checkpointing, triton)
         self.weights += _bytes(made.weightless.model.parameters()) - before  # of adapters

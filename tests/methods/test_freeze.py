@@ -119,3 +119,39 @@ def test_adapters_in_frozen_layers_are_frozen(tmp_path, tokenizer):
     for name, p in start.items():
         moved = not torch.equal(after[name.replace(".base_layer", "")], p)
         assert moved == ("layers.1." in name)
+
+
+def test_the_recommended_share_is_taken_and_said():
+    for similarity, share in ((0.9, "0.55 (of 0.5–0.6"), (0.7, "0.65 (of 0.6–0.7"), (0.2, "0.75 (of 0.7–0.8")):
+        model, said = family_model("llama"), []
+        size = model.num_parameters()
+        Freeze(share="auto", similarity=similarity).prepare_model(model, Run(directory=None, say=said.append))
+        count = round(float(share[:4]) * 4)
+        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+        assert frozen == Freeze(share=count / 4).frozen(family_model("llama"))
+        assert said[0] == (
+            f"freeze: share {share}, the range for 1–7 B as there is none below) for {size / 1e9:.3g} B parameters and "
+            f"similarity {similarity:g}: the lowest {count} of 4 layers."
+        )
+        assert "stay trainable" in said[1]
+
+
+@pytest.mark.parametrize("settings", [{"share": "auto"}, {"similarity": 0.5}, {"share": 0.3, "similarity": 0.5}])
+def test_a_similarity_and_an_automatic_share_go_together(settings):
+    with pytest.raises(ConfigError, match=r"`share: auto` and `similarity` .* go together") as caught:
+        Freeze(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_pattern_freezes_what_it_names_on_every_family(kind):
+    model = family_model(kind)
+    before = stored(model)
+    frozen, said = frozen_names(model, share=0, patterns=[r"\.0\."])
+    assert frozen == {name for name in before if ".0." in name}
+    learning = sum(before[name].numel() for name in set(before) - frozen)
+    assert f"{learning:,} of {sum(t.numel() for t in before.values()):,} " in said
+    take_steps(model)
+    after = stored(model)
+    assert {name for name in before if torch.equal(before[name], after[name])} >= frozen
+    assert any(not torch.equal(before[name], after[name]) for name in before)

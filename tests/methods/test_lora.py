@@ -8,6 +8,7 @@ from families import FAMILIES, family_model, take_steps, token_batch
 from training_kit import merged, same_bits, stored, train
 
 from retain.errors import ConfigError
+from retain.methods.base import Stack
 from retain.methods.context import Run
 from retain.methods.lora import LoRA
 from retain.methods.olora import OLoRA
@@ -184,3 +185,40 @@ def test_other_kinds_train_and_are_refused_where_factors_are_needed(tmp_path):
     for setting in ({"dora": True}, {"dropout": 0.1}, {"alpha": 3}):
         with pytest.raises(ConfigError, match=rf"methods\.lora\.{next(iter(setting))}: `kind: ia3` has none"):
             adapted(family_model("llama"), kind="ia3", **setting)
+
+
+DOMAINS = {"medical": {"r": 8, "targets": "qv"}, "law": {"r": 3}, "near": {"domain": "near", "alpha": 4}}
+
+
+@pytest.mark.parametrize(
+    ("task", "r", "scaling", "where"),
+    [
+        ("medical", 8, 2.0, {"q_proj", "v_proj"}),
+        ("law", 3, 2.0, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("near", 8, 0.5, {"q_proj", "v_proj"}),
+        ("other", 4, 1.5, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ],
+)
+def test_a_domain_has_its_rank_and_layers_and_else_those_of_all(task, r, scaling, where):
+    said = []
+    method = LoRA(r=4, alpha=6, targets="attention", domains=DOMAINS)
+    model = method.prepare_model(family_model("llama"), Run(directory=None, task=task, say=said.append))
+    assert {(len(pair.A), pair.scaling) for pair in params.lora_pairs(model).values()} == {(r, scaling)}
+    assert layers(model) == where
+    assert len(said) == 1
+    assert said[0].startswith(f"lora: task '{task}' has r {r} on ")
+    assert ("no domain has this name" in said[0]) == (task == "other")
+
+
+def test_mistakes_in_domains_are_one_line():
+    with pytest.raises(ConfigError, match=r"methods\.lora\.domains: unknown 'medcal'\. Did you mean 'medical'\?"):
+        Stack([LoRA(domains={"medcal": {"r": 2}})]).check_tasks(["medical", "law"])
+    Stack([LoRA(domains={"law": {"r": 2}})]).check_tasks(["medical", "law"])
+    for domains, words in (({"law": {"r": 0}}, "'law' has r 0"), ({"law": {"rank": 3}}, "domains")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            LoRA(domains=domains)
+        assert "\n" not in str(caught.value)
+    model = family_model("llama")
+    model.is_quantized = True
+    with pytest.raises(ConfigError, match=r"methods\.lora\.domains: on a quantised base one adapter learns all"):
+        adapted(model, domains={"law": {"r": 2}})

@@ -5,11 +5,16 @@ import copy
 import pytest
 import torch
 from families import family_model, token_batch
-from training_kit import same_bits, stored, train
+from tiny import tiny_model, tiny_tokenizer
+from training_kit import distance, same_bits, stored, train
 
 from retain.errors import ConfigError
 from retain.methods import sam
-from retain.methods.context import Run, StepBatch
+from retain.methods.agem import AGEM
+from retain.methods.context import Draws, Run, StepBatch
+from retain.methods.dft import DFT
+from retain.methods.distill import Distill
+from retain.methods.replay import Replay
 from retain.methods.sam import SAM
 from retain.models import params
 
@@ -103,12 +108,14 @@ def test_weights_come_back_even_when_the_second_pass_fails(monkeypatch):
     assert same_bits(stored(model), before)
 
 
-def test_both_passes_draw_the_same_dropout_and_the_trainers_draws_stay():
+def test_all_passes_draw_the_same_dropout_and_the_trainers_draws_stay():
     model = family_model("llama").double()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     model.train()
     run = run_of(model)
+    cpu = torch.device("cpu")
+    run.step_batches = [b._replace(draws=(torch.rand(1), Draws.now(cpu))[1]) for b in run.step_batches]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     state = torch.get_rng_state()
@@ -117,9 +124,82 @@ def test_both_passes_draw_the_same_dropout_and_the_trainers_draws_stay():
     assert 0 < max(float(p.grad.abs().max()) for p in model.parameters()) < 1e-6
     learning = list(params.trainable(model).values())
     first, _ = SAM().gradient(model, learning, run)
-    run.step += 1
+    torch.rand(1)
+    run.step_batches = [b._replace(draws=Draws.now(cpu)) for b in run.step_batches]
     second, _ = SAM().gradient(model, learning, run)
     assert max(float((a - b).abs().max()) for a, b in zip(first, second)) > 1e-3, "dropout is not active"
+
+
+class Counting(SAM):
+    """Counts its passes and remembers what the step's gradient was before and after."""
+
+    name = "sam"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.passes, self.before, self.after = [], [], []
+
+    def gradient(self, model, learning, run):
+        found = super().gradient(model, learning, run)
+        self.passes[-1] += 1
+        return found
+
+    def edit_gradients(self, model, run):
+        self.passes.append(0)
+        self.before.append({n: p.grad.clone() for n, p in params.trainable(model).items()})
+        super().edit_gradients(model, run)
+        self.after.append({n: p.grad.clone() for n, p in params.trainable(model).items()})
+
+
+class Always(Counting):
+    """Takes the gradient at the start in a pass of its own."""
+
+    name = "sam"
+
+    def edit_gradients(self, model, run):
+        run.plain_gradient = False
+        super().edit_gradients(model, run)
+
+
+class Undrawn(Always):
+    """Without the draws of the trainer's own passes."""
+
+    name = "sam"
+
+    def edit_gradients(self, model, run):
+        run.step_batches[:] = [batch._replace(draws=None) for batch in run.step_batches]
+        super().edit_gradients(model, run)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("replay", [False, True])
+def test_one_more_pass_is_enough_where_nothing_else_is_in_the_gradient(dropout, replay, tmp_path):
+    """The trainer's gradient is the one that a pass of its own would find, with the same dropout masks."""
+    ends = []
+    for kind in (Counting, Always, Undrawn):
+        method = kind(radius=0.5)
+        model = tiny_model(tiny_tokenizer(), attention_dropout=dropout).double()
+        team = [method, Replay(fraction=0.5)] if replay else [method]
+        settings = {"optim": "sgd", "steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+        train(team, tmp_path / kind.__name__, model, **settings)
+        assert method.passes == [1 if kind is Counting else 2] * 2
+        ends.append(method)
+    for i in range(2):
+        one, other, undrawn = (method.after[i] for method in ends)
+        assert distance(ends[0].before[i], one) > 1e-3
+        assert distance(one, other) < 5e-5  # the host's head works in float32
+        assert (distance(one, undrawn) > 5e-3) == (dropout > 0)
+
+
+def test_other_terms_weights_and_edits_before_it_cost_a_pass(tmp_path):
+    one = {"before": [AGEM(), SAM], "term": [SAM, Distill(strength=1.0)], "weights": [SAM, DFT()]}
+    for i, (team, passes) in enumerate([(one["before"], 2), (one["term"], 2), (one["weights"], 2), ([SAM, AGEM()], 1)]):
+        method = Counting()
+        train([method if m is SAM else m for m in team], tmp_path / str(i), steps=1)
+        assert method.passes == [passes]
+    method = Counting()
+    train([method], tmp_path / "smoothed", steps=1, label_smoothing_factor=0.1)
+    assert method.passes == [2]
 
 
 def test_without_the_rows_of_a_step_it_is_an_error():

@@ -194,3 +194,21 @@ def test_stages_that_open_nothing_or_go_backwards_are_errors(tmp_path):
     for begins in ([0.1], [0, 0.5, 0.5], [0, 0.6, 0.3]):
         with pytest.raises(ConfigError, match=r"methods\.unfreeze\.stages: .*the first stage begins at 0"):
             Unfreeze(stages=[{"begin": begin} for begin in begins])
+
+
+def test_a_stage_may_give_its_learning_rate_itself(tmp_path):
+    """The last layer and the head first, then everything at 5e-4, is the stage with the factor 0.05; it says so."""
+    ends = []
+    for name, second in (("rate", {"rate": 0.05}), ("own", {"learning_rate": 5e-4})):
+        made = train([Unfreeze(stages=[{"top": 1}, {"begin": 0.5, **second}])], tmp_path / name, **DECAYING)
+        ends.append(stored(made.model))
+    assert distance(*ends) < 1e-7
+    lines = said(Unfreeze(stages=[{"top": 1}, {"begin": 0.5, "learning_rate": 5e-4}]), tmp_path / "said")
+    assert lines[0].endswith("learning rate × 1.")
+    assert lines[1].endswith("learning rate × 0.05 (0.0005).")
+
+
+def test_a_rate_and_a_learning_rate_are_one_too_many():
+    with pytest.raises(ConfigError, match="`learning_rate` the rate itself; set one") as caught:
+        Unfreeze(stages=[{"rate": 0.1, "learning_rate": 5e-6}])
+    assert "\n" not in str(caught.value)

@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from retain.results import load_items, load_metrics, load_results
 from retain.training import checkpoint
 
-CASES = ("none", "replay-distill", "ewc", "mas", "si", "agem", "sam", "l2sp", "self", "on_policy", "priority", "stages")
+CASES = (
+    *("none", "replay-distill", "ewc", "mas", "si", "agem", "sam", "key_layers", "l2sp"),
+    *("self", "on_policy", "priority", "stages"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from retain.methods.base import Stack
 from retain.methods.context import Run
 from retain.methods.freeze import Freeze
 from retain.methods.lora import LoRA
+from retain.methods.shared_lora import SharedLoRA
 from retain.models import params
 from retain.models.load import load_model
 from retain.models.weightless import Weightless
@@ -29,6 +30,7 @@ STACKS = {
     "lora": lambda: [LoRA(r=4)],
     "freeze": lambda: [Freeze(share=0.5)],
     "both": lambda: [LoRA(r=4), Freeze(share=0.5)],
+    "shared": lambda: [LoRA(r=4), SharedLoRA(r=2)],
 }
 
 

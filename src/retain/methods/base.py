@@ -6,6 +6,7 @@ its loaders or another method: it returns values, and the trainer scales and com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -108,6 +109,9 @@ class Method:
     def weighs_tokens(self) -> bool:
         """Whether `token_weights` may give weights under these settings; where no method does, nothing is computed."""
         return type(self).token_weights is not Method.token_weights
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Raise ConfigError where a setting names a task that is not among those of the run."""
 
     # -- once per task, before training ------------------------------------------------------------------
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
@@ -226,6 +230,10 @@ class Stack(Method):
             if kept := method.keeps_text(old):
                 raise ConfigError(f"methods.{method.name}: the run is private, but this {kept}.")
 
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        for method in self.methods:
+            method.check_tasks(tasks)
+
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         for method in self.methods:
             data = method.prepare_data(data, run)
@@ -267,6 +275,8 @@ class Stack(Method):
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:
             method.edit_gradients(model, run)
+            if type(method).edit_gradients is not Method.edit_gradients:
+                run.plain_gradient = False
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:
@@ -306,4 +316,5 @@ def validated(schema: type[BaseModel], options: dict[str, Any], where: str) -> A
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(unknown(where, key, schema.model_fields)) from None
-        raise ConfigError(f"{where}.{key}: {first['msg']} (given: {first['input']!r}).") from None
+        setting = f"{where}.{key}" if key else where  # of several settings together
+        raise ConfigError(f"{setting}: {first['msg']} (given: {first['input']!r}).") from None

@@ -13,8 +13,9 @@ Deviations from the paper: where a norm stands behind a projection (Gemma 2), it
     that the configuration cannot say, and mixtures of experts, are refused.
 Cost: 1/every more weights, time and cache per task, for good; gradients reach down to the lowest new block.
 Combine with: replay, distill, ewc, interpolate (new blocks back towards none).
-Conflicts: lora, olora, slao, ilora, bottleneck (all bring weights of their own and hold the rest); shield, subspace,
-    packnet (they hold parts of old weights, none of which move); hft (a projection that it holds would stay at zero).
+Conflicts: lora, olora, slao, ilora, shared_lora, bottleneck (all bring weights of their own and hold the rest); shield,
+    subspace, packnet (they hold parts of old weights, none of which move); hft (a projection that it holds would stay
+    at zero).
 Tune: `every` 4, or `count: 1` for little data; learning rate about ten times that of full fine-tuning.
 """
 

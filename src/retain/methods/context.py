@@ -70,12 +70,32 @@ def select(inputs: dict[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
     }
 
 
+class Draws(NamedTuple):
+    """State of the random generators that a forward pass draws from."""
+
+    cpu: torch.Tensor
+    gpu: torch.Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Draws:
+        """The state at this moment."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def put_back(self, device: torch.device) -> None:
+        """Let the generators draw again what they drew after this state."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, device)
+
+
 class StepBatch(NamedTuple):
-    """A micro-batch to be run again: what the model is called with, labels [B, T], origin [B]."""
+    """A micro-batch to be run again: what the model is called with, labels [B, T], origin [B], and the state of the
+    random generators when the trainer ran it."""
 
     inputs: dict[str, Any]
     labels: torch.Tensor
     source: torch.Tensor
+    draws: Draws | None = None
 
 
 @dataclass
@@ -128,6 +148,7 @@ class Run:
     max_steps: int = 0
     learning_rate: float = 0.0
     has_replay: bool = False  # replay rows are in the mixture
+    replay: Any = None  # those rows, tokenised
     start: params.Tensors = field(default_factory=dict)  # trainable weights when the task began
     log: Callable[[str, float], None] = lambda name, value: None
     logging_now: bool = True  # whether this step's values are written
@@ -136,6 +157,7 @@ class Run:
     new_rows: Any = None  # the task's rows in chat form (for buffers and importances)
     step_batches: list[StepBatch] = field(default_factory=list)  # of this step, for methods with `repeats_batches`
     step_tokens: float = 0.0  # supervised tokens of this step over all micro-batches and ranks: divides a sum of losses
+    plain_gradient: bool = False  # `.grad` is that of the mean cross-entropy of the step's rows and of nothing else
     moments: Callable[[torch.nn.Parameter], dict[str, torch.Tensor]] = lambda parameter: {}  # optimizer state
     adam_beta2: float = 0.999  # by which Adam's second moment forgets
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # sum over all ranks
@@ -180,6 +202,14 @@ class Run:
             )
         if value >= 2:
             self.say(f"{name}: stiff (learning rate · strength · F up to {value:.3g}); consider form: proximal.")
+
+
+def repeated(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBatch]:
+    """The micro-batches of a step, to be run again one by one with the random draws that they had before."""
+    for batch in batches:
+        if batch.draws is not None:
+            batch.draws.put_back(device)
+        yield batch
 
 
 def answer_loss(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:

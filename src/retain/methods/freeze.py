@@ -7,18 +7,20 @@ the mapping to answers; freezing from the bottom keeps the former bit for bit.
 Deviations from the paper: the share, the components and name patterns are settings and are joined together.
 Cost: none; frozen weights need no gradient and no optimizer state.
 Combine with: anything; with `lora` the adapters inside frozen layers are frozen as well.   Conflicts: none.
-Tune: `share` 0.5–0.8 for models of 1–7 billion parameters, more for larger ones.
+Tune: `share` 0.5–0.8 for models of 1–7 billion parameters, more for larger ones; `{share: auto, similarity: 0.7}` takes
+    the middle of what is recommended for the size, more where the new data is less like the old.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retain.errors import ConfigError
+from retain.functional.freezing import SMALLEST, recommended_share
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
 from retain.models import params
@@ -34,14 +36,25 @@ class Freeze(Method):
     off = {"share": 0.0, "components": [], "patterns": []}
 
     class Config(MethodConfig):
-        share: float = Field(0.5, ge=0, le=1)
-        """Share of the layers to freeze, counted from the bottom; the embeddings go with them."""
+        share: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.5
+        """Share of the layers to freeze, counted from the bottom; the embeddings go with them. `auto` goes by the size
+        of the model and `similarity`."""
+        similarity: float | None = Field(None, ge=0, le=1)
+        """For `share: auto`: how much the new data is like what the model knows; 1 is the same."""
         components: list[Component] = []
         """Parts to freeze in every layer: attention, mlp, embeddings, norms, head."""
         patterns: list[str] = []
         """Regular expressions on parameter names; one that matches nothing is an error."""
 
+        @model_validator(mode="after")
+        def _similarity_with_auto(self) -> Freeze.Config:
+            if (self.share == "auto") != (self.similarity is not None):
+                raise ValueError("`share: auto` and `similarity` (0 to 1) go together; set both or neither")
+            return self
+
     def prepare_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        if self.config.share == "auto":
+            run.say(self._advice(model))
         for name in self.frozen(model):
             params.causal(model).get_parameter(name).requires_grad_(False)
         learning, total = params.counts(model)
@@ -49,6 +62,22 @@ class Freeze(Method):
         if learning == 0:
             raise ConfigError("methods.freeze: nothing is left to train. Lower `share`, or freeze fewer components.")
         return model
+
+    def _share(self, model: Any) -> tuple[float, float, float]:
+        """(share to freeze, from, to): one number three times, or what is recommended for the size and the likeness."""
+        if self.config.share != "auto":
+            return self.config.share, self.config.share, self.config.share
+        low, high = recommended_share(params.causal(model).num_parameters(), self.config.similarity)
+        return (low + high) / 2, low, high
+
+    def _advice(self, model: Any) -> str:
+        size, layers = params.causal(model).num_parameters(), len(params.decoder_layers(model))
+        share, low, high = self._share(model)
+        small = ", the range for 1–7 B as there is none below" if size < SMALLEST else ""
+        return (
+            f"freeze: share {share:.3g} (of {low:g}–{high:g}{small}) for {size / 1e9:.3g} B parameters and similarity "
+            f"{self.config.similarity:g}: the lowest {round(share * layers)} of {layers} layers."
+        )
 
     def frozen(self, model: torch.nn.Module) -> set[str]:
         """Names of the parameters that the settings freeze.
@@ -64,7 +93,7 @@ class Freeze(Method):
             return {by_id[id(p)] for m in modules if m is not None for p in m.parameters() if id(p) in by_id}
 
         names: set[str] = set()
-        bottom = round(self.config.share * len(layers))
+        bottom = round(self._share(model)[0] * len(layers))
         if bottom:
             names |= of(whole.get_input_embeddings(), *layers[:bottom])
         for component in self.config.components:

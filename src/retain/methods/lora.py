@@ -11,40 +11,51 @@ Deviations from the paper: alpha defaults to 2r; all linear layers are adapted b
 Cost: r·(in + out) trainable weights per layer, and their optimizer state; no extra pass.
 Combine with: nearly every other method.   Conflicts: packnet (which keeps single weights), blocks
     (which trains whole ones).
-Tune: `domain: near`, `middle` or `far`, or `r` 4–8 for a near domain and 16–32 for a far one; learning rate about ten
-    times that of full fine-tuning.
+Tune: `domain: near`, `middle` or `far`, or `r` 4–8 for a near domain and 16–32 for a far one; `domains` where tasks
+    differ in this; learning rate about ten times that of full fine-tuning.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from retain.errors import ConfigError, unknown
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
 from retain.models import params
+from retain.models.targets import target_modules
 
-TARGETS = {
-    "qv": ("q", "v"),
-    "attention": ("q", "k", "v", "o"),
-}
 #: Settings by how far what is learned lies from what the model knows.
 PRESETS: dict[str, dict[str, Any]] = {
     "near": {"r": 8, "targets": "qv"},
     "middle": {"r": 16, "targets": "attention"},
     "far": {"r": 32, "targets": "all"},
 }
-_ALIASES = {
-    "q": ("q_proj", "query", "q_lin", "wq"),
-    "k": ("k_proj", "key", "k_lin", "wk"),
-    "v": ("v_proj", "value", "v_lin", "wv"),
-    "o": ("o_proj", "out_proj", "dense", "wo"),
-}
-_FUSED = ("c_attn", "qkv_proj", "query_key_value", "Wqkv")
+
+
+class Adapter(MethodConfig):
+    """The size and the place of an adapter."""
+
+    r: int = Field(16, ge=0)
+    """Rank; 0 turns LoRA off."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale numerator; 2r when not given."""
+    targets: Literal["qv", "attention", "all"] | list[str] = "all"
+    """Which linear layers: q and v, all of attention, all linear layers, or module names."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    domain: Literal["near", "middle", "far"] | None = None
+    """A preset: near is r 8 on q and v, middle r 16 on attention, far r 32 everywhere; what is given goes first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        return PRESETS.get(str(given.get("domain")), {}) | given if isinstance(given, dict) else given
 
 
 class LoRA(Method):
@@ -55,30 +66,49 @@ class LoRA(Method):
     adds_parameters = True
     off = {"r": 0}
 
-    class Config(MethodConfig):
-        r: int = Field(16, ge=0)
-        """Rank; 0 turns LoRA off."""
-        alpha: float | None = Field(None, gt=0)
-        """Scale numerator; 2r when not given."""
-        targets: Literal["qv", "attention", "all"] | list[str] = "all"
-        """Which linear layers: q and v, all of attention, all linear layers, or module names."""
-        dropout: float = Field(0.0, ge=0, lt=1)
-        """Dropout on the adapter's input."""
+    class Config(Adapter):
+        domains: dict[str, Adapter] = {}
+        """Other `r`, `alpha`, `targets`, `dropout` or `domain` for single tasks, by their names; r is 1 or more."""
         dora: bool = False
         """Weight-decomposed LoRA (arXiv:2402.09353)."""
-        domain: Literal["near", "middle", "far"] | None = None
-        """A preset: near is r 8 on q and v, middle r 16 on attention, far r 32 everywhere; what is given goes first."""
         kind: Literal["lora", "ia3", "loha", "lokr", "hra", "vera", "randlora", "miss"] = "lora"
         """Another kind of adapter, with PEFT's own defaults for what is not set here; r is ignored by ia3."""
 
-        @model_validator(mode="before")
+        @field_validator("domains")
         @classmethod
-        def _preset(cls, given: dict[str, Any]) -> dict[str, Any]:
-            return PRESETS.get(str(given.get("domain")), {}) | given
+        def _with_rank(cls, domains: dict[str, Adapter]) -> dict[str, Adapter]:
+            for name, domain in domains.items():
+                if domain.r == 0:
+                    raise ValueError(f"'{name}' has r 0, and a task cannot go without an adapter; r is 1 or more")
+            return domains
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        for name in self.config.domains:
+            if name not in tasks:
+                raise ConfigError(unknown("methods.lora.domains", name, tasks))
+
+    def settings(self, task: str) -> Any:
+        """The settings for a task: those of its domain, and what that leaves open as it is for all."""
+        domain = self.config.domains.get(task)
+        if domain is None:
+            return self.config
+        given = {key: getattr(domain, key) for key in domain.model_fields_set}
+        # an alpha for all belongs to the rank for all
+        return self.config.model_copy(update=({"alpha": None} if "r" in given else {}) | given)
 
     def prepare_model(self, model: Any, run: Run) -> torch.nn.Module:
         from peft import get_peft_model, prepare_model_for_kbit_training
 
+        c = self.settings(run.task)
+        if c.domains:
+            if getattr(params.causal(model), "is_quantized", False):
+                raise ConfigError(
+                    "methods.lora.domains: on a quantised base one adapter learns all tasks. Remove `domains`, or set "
+                    "`quantize: none`."
+                )
+            where = c.targets if isinstance(c.targets, str) else ", ".join(c.targets)
+            which = "as its domain says" if run.task in c.domains else "as no domain has this name"
+            run.say(f"lora: task '{run.task}' has r {c.r} on {where}, {which}.")
         if hasattr(model, "peft_config"):
             if getattr(model, "is_quantized", False) or getattr(model.get_base_model(), "is_quantized", False):
                 return model
@@ -86,14 +116,14 @@ class LoRA(Method):
         if getattr(model, "is_quantized", False):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         torch.manual_seed(run.seed + run.task_index)  # A is random: the same run must draw the same A
-        return get_peft_model(model, self._settings(model))
+        return get_peft_model(model, self._peft(model, c))
 
-    def _settings(self, model: Any) -> Any:
+    def _peft(self, model: Any, c: Any) -> Any:
         """PEFT's configuration of the adapter."""
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 
-        c = self.config
-        alpha, common = c.alpha or 2 * c.r, {"target_modules": self._targets(model), "task_type": "CAUSAL_LM"}
+        alpha = c.alpha or 2 * c.r
+        common = {"target_modules": target_modules(model, c.targets), "task_type": "CAUSAL_LM"}
         if c.kind == "lora":
             return LoraConfig(r=c.r, lora_alpha=alpha, lora_dropout=c.dropout, use_dora=c.dora, **common)
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[c.kind.upper()]  # names are keys too
@@ -112,34 +142,6 @@ class LoRA(Method):
             for factor in (pair.A, pair.B):
                 if factor.dtype == torch.bfloat16:
                     factor.data = factor.data.float()
-
-    def _targets(self, model: torch.nn.Module) -> Any:
-        chosen = self.config.targets
-        if chosen == "all":
-            return "all-linear"
-        names = [name for name, _ in model.named_modules()]
-        leaves = {name.rsplit(".", 1)[-1] for name in names}
-        if isinstance(chosen, list):
-            for wanted in chosen:
-                if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-                    raise ConfigError(unknown("methods.lora.targets", wanted, _linear(model)))
-            return chosen
-        found = {part: [alias for alias in _ALIASES[part] if alias in leaves] for part in TARGETS[chosen]}
-        if not found["q"]:  # query, key and value in one layer
-            found["q"] = [name for name in _FUSED if name in leaves]
-        if not found["q"]:
-            raise ConfigError(
-                f"methods.lora.targets: '{chosen}' matches no layer of {type(model).__name__}. "
-                "Use 'all', or list module names such as [q_proj, v_proj]."
-            )
-        return [name for aliases in found.values() for name in aliases]
-
-
-def _linear(model: torch.nn.Module) -> set[str]:
-    """Short names of the layers that an adapter fits on."""
-    from transformers.pytorch_utils import Conv1D
-
-    return {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
 
 
 def with_adapter(model: Any, run: Run) -> Any:

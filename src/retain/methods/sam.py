@@ -4,10 +4,12 @@
 
 L = cross-entropy of the rows of a step, g = gradient of everything that is learned from in that step; with L alone,
 g becomes ∇L(θ + ε). Against forgetting in language models: Li et al. 2024, arXiv:2406.04836.
-Deviations from the paper: terms of other methods are kept as they are at θ, which costs a third pass. ε is taken
-    from the whole step over all ranks and micro-batches, and both extra passes draw the same dropout masks.
-Cost: two more forward and backward passes per step; one copy and two gradients of the trainable weights.
-Combine with: replay, lora, distill, interpolate.   Conflicts: none.
+Deviations from the paper: terms of other methods are kept as they are at θ; where there are any, ∇L(θ) is taken in a
+    pass of its own. ε is taken from the whole step over all ranks and micro-batches, and all passes draw the same
+    dropout masks.
+Cost: one more forward and backward pass per step, with a copy and a gradient of the trainable weights; two more and
+    another gradient where a method adds a term or weighs tokens, or one before it in the list edits gradients.
+Combine with: replay, lora, distill, interpolate; list it before what edits gradients.   Conflicts: none.
 Tune: `radius` 0.01–0.05 for full fine-tuning, larger with `lora`. In pure bfloat16 weights ε is lost in rounding.
 """
 
@@ -19,7 +21,7 @@ from pydantic import Field
 from retain.errors import ConfigError
 from retain.functional.projection import dot
 from retain.methods.base import Method, MethodConfig
-from retain.methods.context import Run, answer_loss
+from retain.methods.context import Run, answer_loss, repeated
 from retain.models import params, passes
 
 
@@ -38,7 +40,9 @@ class SAM(Method):
 
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         learning: list[torch.Tensor] = [p for p in params.trainable(model).values() if p.grad is not None]
-        here, _ = self.gradient(model, learning, run)
+        at_start: list[torch.Tensor] = [p.grad for p in learning if p.grad is not None]
+        # the trainer's own gradient is ∇L(θ) unless it holds something else too
+        here = at_start if run.plain_gradient else self.gradient(model, learning, run)[0]
         length = dot(here, here) ** 0.5
         if length == 0:
             return
@@ -51,9 +55,11 @@ class SAM(Method):
             with torch.no_grad():  # from the copy: adding and subtracting does not lead back to the same bits
                 torch._foreach_copy_(learning, saved)
         with torch.no_grad():
-            torch._foreach_sub_(there, here)
-            for parameter, change in zip(learning, there):
-                parameter.grad.add_(change)  # type: ignore[union-attr]
+            if run.plain_gradient:
+                torch._foreach_copy_(at_start, there)
+            else:
+                torch._foreach_sub_(there, here)
+                torch._foreach_add_(at_start, there)
         run.log(f"loss/{self.name}", loss)
 
     def gradient(
@@ -64,8 +70,7 @@ class SAM(Method):
             raise ConfigError("methods.sam: the rows of this step were not kept. Use `ContinualTrainer`.")
         device = learning[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-            torch.manual_seed(run.seed + run.step)  # the same dropout at both points
-            batches = ((batch.inputs, batch.labels) for batch in run.step_batches)
+            batches = ((b.inputs, b.labels) for b in repeated(run.step_batches, device))
             found, loss, _ = passes.gradients(model, learning, batches, answer_loss, run.reduce)
         torch._foreach_div_(found, run.step_tokens)
         return found, loss / run.step_tokens

@@ -8,7 +8,7 @@ Deviations from the paper: works with LoRA, by holding columns of A at 0. Embedd
     rows of special tokens, which stay as in the authors' code; norms and biases learn.
 Cost: one pass over `samples` rows per task; O(parameters) per step.
 Combine with: replay, distill, lora, ewc; list it last, so that it also undoes what others do after a step.
-Conflicts: slao (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight).
+Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight).
 Tune: `share` 0.5; more keeps more and learns less.
 """
 
@@ -66,7 +66,12 @@ class Shield(Method):
                 start = torch.zeros_like(parameter) if id(parameter) in factors else run.start[name].to(parameter)
                 self._held.append((parameter, start, self._masks[name].to(parameter.device).bool()))
         self._put_back()  # with LoRA: A begins with columns of 0, which changes nothing, as B is 0
-        run.say(f"shield: {self.config.share:.0%} of the columns of {len(layers)} weights stay as they are.")
+        total = sum(p.numel() for p in params.trainable(model).values())
+        held = sum(int(mask.sum()) * (p.numel() // mask.numel()) for p, _, mask in self._held)
+        run.say(
+            f"shield: {self.config.share:.0%} of the columns of {len(layers)} weights stay as they are; "
+            f"{total - held:,} of {total:,} trainable parameters learn."
+        )
 
     def _columns(self, model: Any, run: Run, layers: list[passes.Linear], names: dict[int, str]) -> Tensors:
         """What stays, by parameter name: masks that broadcast against the parameter."""

@@ -12,9 +12,9 @@ Deviations from the paper: the previous s·B_m A_m is in the base by then, as ad
     `l2sp`, `distill`) holds to A⁰ and B⁰.
 Cost: 2r instead of r in the forward pass; three factors per layer on disk; one QR per layer and task.
 Combine with: replay, lora (its settings; without it an adapter of default settings), freeze.
-Conflicts: olora (which keeps tasks out of each other's directions), ilora (which also says what the adapter is at the
-    end of a task), interpolate, subspace and shield (which need adapters that begin at zero), packnet (which keeps
-    single weights), blocks (which trains whole ones).
+Conflicts: olora (which keeps tasks out of each other's directions), shared_lora (which has a part for each task),
+    ilora (which also says what the adapter is at the end of a task), interpolate, subspace and shield (which need
+    adapters that begin at zero), packnet (which keeps single weights), blocks (which trains whole ones).
 Tune: nothing; `weight: mean` keeps more of early tasks, `weight: last` nothing but the last.
 """
 
@@ -77,7 +77,7 @@ class SLAO(Method):
         for name, pair in pairs.items():
             a, b, merged = (last[f"{name}.{part}"].to(pair.A) for part in ("A", "B", "merged"))
             self._merged[name] = a, merged
-            _widen(model, name, torch.cat([orthonormal_rows(a), a]), torch.cat([b, -merged], dim=1))
+            adapters.widen(model, name, torch.cat([orthonormal_rows(a), a]), torch.cat([b, -merged], dim=1))
 
     @torch.no_grad()
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
@@ -122,16 +122,3 @@ def _kept(pairs: dict[str, params.LoraPair], tuned: params.Tensors, rank: dict[s
 
 def _sizes(tensors: params.Tensors) -> dict[str, Any]:
     return {name: tensor.shape if tensor.dim() else float(tensor) for name, tensor in tensors.items()}
-
-
-def _widen(model: Any, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Give an adapted layer factors of another rank, at the same scale; so that it is kept with that rank."""
-    layer: Any = params.causal(model).get_submodule(name)
-    adapter = layer.active_adapters[0]
-    layer.lora_A[adapter].weight = torch.nn.Parameter(a)
-    layer.lora_B[adapter].weight = torch.nn.Parameter(b)
-    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = layer.r[adapter] = len(a)
-    layer.lora_alpha[adapter] = layer.scaling[adapter] * len(a)
-    config = model.peft_config[adapter]
-    config.rank_pattern[name] = len(a)
-    config.alpha_pattern[name] = layer.lora_alpha[adapter]

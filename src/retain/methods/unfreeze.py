@@ -13,7 +13,8 @@ Deviations from the paper: the rate falls from group to group, not from layer to
 Cost: none saved, as gradients of closed weights are computed; a copy of those that move at a reduced rate.
 Combine with: anything. List it last: what moves weights after the optimizer before it is slowed down as well.
     With `lora` the adapters are what opens.   Conflicts: none.
-Tune: `groups` 4–6; `stages: [{top: 2}, {begin: 0.5, rate: 0.1}]` is the head and two layers first, then everything.
+Tune: `groups` 4–6; `stages: [{top: 2}, {begin: 0.5, learning_rate: 5.0e-6}]` is the head and two layers first, then
+    everything at 5e-6; `rate: 0.1` says it as a factor.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from retain.errors import ConfigError
 from retain.methods.base import Method, MethodConfig
@@ -40,6 +41,14 @@ class Stage(MethodConfig):
     """Open layers, counted from the top, with the head and the last norm (0: those alone); `all` for everything."""
     rate: float = Field(1.0, gt=0)
     """Factor on the learning rate while the stage lasts."""
+    learning_rate: float | None = Field(None, gt=0)
+    """The learning rate of the stage itself, in place of a factor on the trainer's; the schedule goes on acting."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Stage:
+        if self.learning_rate is not None and "rate" in self.model_fields_set:
+            raise ValueError("`rate` is a factor on the learning rate and `learning_rate` the rate itself; set one")
+        return self
 
 
 class Unfreeze(Method):
@@ -70,8 +79,11 @@ class Unfreeze(Method):
                 raise ValueError("the first stage begins at 0 and each later one after the one before")
             return stages
 
-    def stages(self, model: torch.nn.Module) -> list[tuple[float, dict[str, float]]]:
+    def stages(self, model: torch.nn.Module, peak: float = 0.0) -> list[tuple[float, dict[str, float]]]:
         """(share of the steps at which it begins, factor on the learning rate of each open parameter) per stage.
+
+        Args:
+            peak: the trainer's learning rate, which a stage with one of its own is measured by.
 
         Raises:
             ConfigError: the first stage opens nothing that is trainable.
@@ -80,7 +92,8 @@ class Unfreeze(Method):
         c = self.config
         if c.stages:
             found = [
-                (s.begin, {name: s.rate for name, d in depth.items() if s.top == "all" or d < s.top}) for s in c.stages
+                (s.begin, {name: _rate(s, peak) for name, d in depth.items() if s.top == "all" or d < s.top})
+                for s in c.stages
             ]
         else:
             layers = sorted({d for d in depth.values() if 0 <= d < math.inf})
@@ -97,7 +110,7 @@ class Unfreeze(Method):
         return found
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
-        self._stages = self.stages(model)
+        self._stages = self.stages(model, run.learning_rate if run else 0.0)
         self._full = {n: max(rates.get(n, 0.0) for _, rates in self._stages) for n in params.trainable(model)}
         self._begins: list[int] = []
         self._before: params.Tensors = {}
@@ -147,12 +160,22 @@ class Unfreeze(Method):
                 )
             ends = [*self._begins, run.max_steps][i + 1]
             low, high = min(rates.values()), max(rates.values())
+            own = self.config.stages[i].learning_rate if self.config.stages else None
             run.say(
                 f"unfreeze: steps {begin + 1}–{ends}: {sum(sizes[n] for n in rates):,} of {sum(sizes.values()):,} "
-                f"trainable parameters, learning rate × {f'{low:.3g}' if low == high else f'{low:.3g} to {high:.3g}'}."
+                f"trainable parameters, learning rate × {f'{low:.3g}' if low == high else f'{low:.3g} to {high:.3g}'}"
+                + (f" ({own:.3g})." if own else ".")
                 if ends > begin
                 else f"unfreeze: stage {i + 1} has no step of its own; the run is too short for it."
             )
+
+
+def _rate(stage: Stage, peak: float) -> float:
+    if stage.learning_rate is None:
+        return stage.rate
+    if not peak:
+        raise ConfigError("methods.unfreeze.stages.learning_rate: the trainer's is 0. Set `train: {learning_rate: …}`.")
+    return stage.learning_rate / peak
 
 
 def _depths(model: torch.nn.Module) -> dict[str, float]:

@@ -1,9 +1,11 @@
-"""What a task leaves behind for later ones: a few tensors per task, in a folder of the run."""
+"""What a task leaves behind for later ones: a few tensors per task, in a folder of the run; and wider adapters."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -45,6 +47,19 @@ def kept(folder: Path, task: int) -> params.Tensors:
         return load_file(path)
     except SafetensorError as error:
         raise RunError(f"{path}: damaged ({error}). Run that task again.") from error
+
+
+def widen(model: Any, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Give an adapted layer factors of another rank, at the same scale; so that it is kept with that rank."""
+    layer: Any = params.causal(model).get_submodule(name)
+    adapter = layer.active_adapters[0]
+    layer.lora_A[adapter].weight = torch.nn.Parameter(a)
+    layer.lora_B[adapter].weight = torch.nn.Parameter(b)
+    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = layer.r[adapter] = len(a)
+    layer.lora_alpha[adapter] = layer.scaling[adapter] * len(a)
+    config = model.peft_config[adapter]
+    config.rank_pattern[name] = len(a)
+    config.alpha_pattern[name] = layer.lora_alpha[adapter]
 
 
 def _file(folder: Path, task: int) -> Path:

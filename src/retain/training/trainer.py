@@ -24,7 +24,7 @@ from retain.data.mixture import Mixture, MixtureSampler
 from retain.errors import ConfigError, ModelError, TrainingDiverged
 from retain.functional.tiled_head import Head, log_probs
 from retain.methods.base import Method, Stack
-from retain.methods.context import Batch, Run, StepBatch, Tokens
+from retain.methods.context import Batch, Draws, Run, StepBatch, Tokens
 from retain.models import params
 from retain.models.load import load_model
 from retain.training import checkpoint, guards
@@ -150,7 +150,7 @@ class ContinualMixin(_Host):
             self._mixture = Mixture(parts[0], parts[1], fraction, mixture.by, mixture.choose)
             self.train_dataset = concatenate_datasets(parts)
         self.data_collator = SourceCollator(self.data_collator)
-        self.run.has_replay = True
+        self.run.has_replay, self.run.replay = True, replay
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -242,6 +242,7 @@ class ContinualMixin(_Host):
         if not (own and self.model.training and self.is_in_train):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs["labels"]
+        draws = Draws.now(labels.device) if self._repeated else None
         with params.captured_hidden(model) as seen:
             loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         kept = {k: v for k, v in inputs.items() if k not in ("labels", "use_cache", "output_router_logits")}
@@ -249,7 +250,7 @@ class ContinualMixin(_Host):
             source = torch.zeros(labels.shape[0], dtype=torch.long, device=labels.device)
         batch = Batch(kept, labels, seen[0], source, number)
         if self._repeated:
-            self._keep(batch, num_items_in_batch)
+            self._keep(batch, num_items_in_batch, draws)
         if self._weighed:
             loss = self._weighted(loss, batch, num_items_in_batch)
         # without a global token count the host divides by the number of micro-batches afterwards
@@ -272,13 +273,13 @@ class ContinualMixin(_Host):
         hidden = batch.hidden[:, :-1][batch.supervised]
         return self._per_token(-(weights * log_probs(hidden, head, tokens.labels)[0]).sum(), batch, num_items)
 
-    def _keep(self, batch: Batch, num_items: Any) -> None:
+    def _keep(self, batch: Batch, num_items: Any, draws: Draws | None) -> None:
         """Keep the micro-batches of a step for methods that run them again."""
         if self._step_begins:
             self.run.step_batches.clear()
             self.run.step_tokens = 0.0
             self._step_begins = False
-        self.run.step_batches.append(StepBatch(batch.inputs, batch.labels, batch.source))
+        self.run.step_batches.append(StepBatch(batch.inputs, batch.labels, batch.source, draws))
         if num_items is None:
             raise ConfigError(
                 "train: the host gives no token count for a step, which methods that repeat a step need. "
@@ -325,10 +326,15 @@ class ContinualMixin(_Host):
                 guards.check_gradients(self.model)
                 guards.check_held(self.stack, self._held, self.model)
                 self._coverage_checked = True
+            self.run.plain_gradient = not (self._with_loss or self._weighed) and self._plain_loss()
             self.stack.edit_gradients(model, self.run)
             self.terms.steps += 1
             self._step_begins = True
         return loss
+
+    def _plain_loss(self) -> bool:
+        """Whether the host's own loss is the mean cross-entropy of a step's tokens; False where it cannot be known."""
+        return False
 
     def _diverged(self, loss: torch.Tensor, step: int, what: str) -> str:
         return self.terms.diverged(float(loss), step, what, checkpoint.newest(Path(self.args.output_dir)))
@@ -404,6 +410,9 @@ class ContinualTrainer(ContinualMixin, SFTTrainer):
         >>> trainer.train()
     """
 
+    #: A subclass whose `compute_loss` gives the same loss may say so; it spares `sam` a pass.
+    keeps_loss = False
+
     def __init__(self, model: Any = None, *rest: Any, **kwargs: Any) -> None:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if kwargs.get("processing_class") is None and len(rest) < 5 and name == "":
@@ -412,6 +421,14 @@ class ContinualTrainer(ContinualMixin, SFTTrainer):
                 "Give `processing_class=tokenizer`."
             )
         super().__init__(model, *rest, **kwargs)
+
+    def _plain_loss(self) -> bool:
+        kinds = type(self).mro()
+        other = any("compute_loss" in vars(kind) for kind in kinds[: kinds.index(ContinualTrainer)])
+        args, routed = self.args, getattr(params.causal(self.model).config, "output_router_logits", False)
+        usual = args.loss_type == "nll" and not args.label_smoothing_factor and self.compute_loss_func is None
+        together = args.world_size == 1 or args.average_tokens_across_devices
+        return usual and together and not routed and (self.keeps_loss or not other)
 
     def compute_loss(self, model: Any, *rest: Any, **kwargs: Any) -> Any:
         with _supervised_scored_only(self.args):

@@ -23,11 +23,12 @@ CASES = {
     "mas": [{"mas": {"strength": 5.0, "samples": 8}}],
     "si": [{"si": {"strength": 5.0}}],
     "agem": ["agem"],
-    "sam": ["sam"],
+    "sam": [{"sam": {"radius": 0.5}}, {"replay": {"fraction": 0.25}}],
     "l2sp": [{"l2sp": {"strength": 0.5}}],
     "self": [{"replay": {"fraction": 0.25, "rows": 6, "source": "self"}}],
     "on_policy": [{"replay": {"fraction": 0.25, "rows": 6, "source": "on_policy", "max_tokens": 24}}],
     "priority": [{"replay": {"fraction": 0.25, "priority": "forgetting", "measure_every": 1, "correction": 0.4}}],
+    "key_layers": [{"key_layers": {"share": 0.5}}, {"replay": {"fraction": 0.25}}],
     "stages": [{"replay": {"fraction": 0.25}}, {"ewc": {"samples": 8}}, {"lora": {"r": 2}}],
 }
 #: Cases that also estimate, or record, the importance of their own task.
