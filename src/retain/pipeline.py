@@ -221,6 +221,7 @@ class _Runner:
             own["assistant_only_loss"] = True
         stack = Stack(build(self.config.methods))
         host: Any = ContinualTrainer
+        args: Any
         if stack.writer is None:
             args = SFTConfig(**(self.plan.train | own))
         else:

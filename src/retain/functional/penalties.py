@@ -83,10 +83,10 @@ class _Room:
             self._flat[dtype] = torch.empty(BLOCK_ELEMENTS, dtype=dtype)
         return self._flat[dtype][start : start + like.numel()].view(like.shape)
 
-    def differences(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Sequence[Tensor]:
+    def differences(self, first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
         """first − second, tensor by tensor; overwritten by the next call."""
         if first[0].device.type != "cpu":
-            return torch._foreach_sub(first, second)
+            return list(torch._foreach_sub(first, second))
         found, start = [], 0
         for x, y in zip(first, second):
             found.append(torch.sub(x, y, out=self._take(start, x, torch.promote_types(x.dtype, y.dtype))))

@@ -123,7 +123,7 @@ class LoRA(Method):
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 
         alpha = c.alpha or 2 * c.r
-        common = {"target_modules": target_modules(model, c.targets), "task_type": "CAUSAL_LM"}
+        common: dict[str, Any] = {"target_modules": target_modules(model, c.targets), "task_type": "CAUSAL_LM"}
         if c.kind == "lora":
             return LoraConfig(r=c.r, lora_alpha=alpha, lora_dropout=c.dropout, use_dora=c.dora, **common)
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[c.kind.upper()]  # names are keys too

@@ -64,8 +64,8 @@ class SharedLoRA(Method):
                 "methods.shared_lora: needs plain factors to stand beside, no DoRA, rsLoRA or other kind of adapter. "
                 "Set `lora: {kind: lora, dora: false}`."
             )
-        base = model.unload()  # nothing is lost: the task's part is fresh
-        shared = LoRA(r=self.config.r, targets=self.config.targets).prepare_model(base, run)
+        base: Any = model.unload()  # nothing is lost: the task's part is fresh
+        shared: Any = LoRA(r=self.config.r, targets=self.config.targets).prepare_model(base, run)
         layers = set(_ranks(shared))
         base = shared.unload()
         joint = copy.deepcopy(config)

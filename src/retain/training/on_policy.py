@@ -73,7 +73,7 @@ class ContinualSDFTTrainer(ContinualMixin, SDFTTrainer):
 
     # -- rows --------------------------------------------------------------------------------------------
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        usual = SDFTTrainer._get_train_sampler(self, train_dataset)
+        usual: Any = SDFTTrainer._get_train_sampler(self, train_dataset)
         return _Repeating(
             usual.data_source,
             usual.mini_repeat_count,
@@ -88,9 +88,10 @@ class ContinualSDFTTrainer(ContinualMixin, SDFTTrainer):
         if "input_ids" in (rows.column_names or []):
             return rows
         usual = {f.name: f.default for f in dataclasses.fields(SFTConfig)}  # made anew it would reset the accelerator
-        settings = SimpleNamespace(**usual | {"max_length": self.args.max_prompt_length})
-        host = SimpleNamespace(_tokenizer=self._tokenizer, chat_template=None, completion_only_loss=True)
-        return SFTTrainer._prepare_dataset(host, rows, self.processing_class, settings, False, None, "other")
+        settings: Any = SimpleNamespace(**usual | {"max_length": self.args.max_prompt_length})
+        host: Any = SimpleNamespace(_tokenizer=self._tokenizer, chat_template=None, completion_only_loss=True)
+        tokenizer: Any = self.processing_class
+        return SFTTrainer._prepare_dataset(host, rows, tokenizer, settings, False, None, "other")
 
     def _collated(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         collate = DataCollatorForLanguageModeling(pad_token_id=self._tokenizer.pad_token_id)
@@ -112,7 +113,7 @@ class _Repeating(RepeatSampler):
 
     def __iter__(self) -> Any:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + 1_000_003 * self.epoch)
+            self.generator.manual_seed((self.seed or 0) + 1_000_003 * self.epoch)
         return super().__iter__()
 
 
