@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "methods"
 MADE = "<!-- Made by docs/make_methods.py from the code. Change the code, then run it again. -->\n\n"
 #: Parts of a docstring, in order.
-PARTS = ("Deviations from the paper", "Cost", "Combine with", "Conflicts", "Tune")
+PARTS = ("Deviations from the paper", "Needs", "Cost", "Combine with", "Conflicts", "Tune")
 
 
 def pages() -> dict[str, str]:

@@ -234,7 +234,7 @@ def test_docstring_says_everything(method):
     assert re.match(r"^[\w -]+ — .+\.$", title, re.S), "begin with: Name — one sentence."
     formula = rest.split("\n\n")[0]
     assert formula.startswith("    "), "the formula is an indented line after the sentence"
-    for part in ("Deviations from the paper:", "Cost:", "Combine with:", "Conflicts:", "Tune:"):
+    for part in ("Deviations from the paper:", "Needs:", "Cost:", "Combine with:", "Conflicts:", "Tune:"):
         assert doc.count(part) == 1, f"'{part}' is missing"
         assert re.search(re.escape(part) + r"\s*[`\w]", doc), f"'{part}' is empty"
     if method.paper != "none":

@@ -7,6 +7,7 @@ are those the user gives as `old` (otherwise rows the model writes itself) and, 
 Deviations from the paper: the model's abilities from before are a memory too, so it acts from the first task on.
     Dots are taken over the global gradient, once per optimizer step. Adam then rescales the step, so that the
     promise holds to first order for plain gradient descent only. `strength` below 1 takes out a part.
+Needs: old rows at every step: the user's, or written by the model.
 Cost: one gradient in memory; one more forward and backward pass, on `batch_size` rows, per step.
 Combine with: lora, freeze, replay, distill; list it after what adds to the gradient, so that its pull is judged too.
 Conflicts: none.

@@ -11,6 +11,7 @@ Deviations from the paper: where a norm stands behind a projection (Gemma 2), it
     projection, as it would make a first tiny step as large as any. No task number is needed afterwards, so an earlier
     task is not protected bit for bit: all blocks act. Architectures in which a block depends on its number in a way
     that the configuration cannot say, and mixtures of experts, are refused.
+Needs: nothing.
 Cost: 1/every more weights, time and cache per task, for good; gradients reach down to the lowest new block.
 Combine with: replay, distill, ewc, interpolate (new blocks back towards none).
 Conflicts: lora, olora, slao, ilora, shared_lora, bottleneck (all bring weights of their own and hold the rest); shield,

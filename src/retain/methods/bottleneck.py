@@ -9,6 +9,7 @@ Deviations from the paper: behind the feed-forward part alone by default, as in 
     `attention: true` is both, as published. Norms are not trained. Where a family has no module for its feed-forward
     part (OPT), the adapter follows the whole block. In a sequence each task's adapter stands behind those of earlier
     tasks, which are frozen and act as well, so no task number is needed afterwards.
+Needs: nothing.
 Cost: 2dm + d + m weights per site and task, m = d/reduction, and their products in every pass, for good.
 Combine with: replay, distill, ewc, interpolate, lora (its factors learn too, and are merged after the task).
 Conflicts: blocks (both hold all but their own); shield, subspace, packnet (they hold parts of old weights, none of

@@ -13,6 +13,7 @@ each task, without those that repeat something of the rows it learned.
 Deviations from the paper: of an output the `top_k` likeliest tokens and one bucket for all others are kept, and a
     divergence takes the place of the squared distance of all logits (equal to the full KL for k = vocabulary).
     Rows enter after the step that saw them, and at every epoch again. Old rows are never pushed out by task rows.
+Needs: nothing but the task's rows; with `source: self` rows written by the model.
 Cost: a forward and backward pass over twice `batch_size` rows per step; 6 · `top_k` bytes per supervised token.
 Combine with: distill, lora, ewc, freeze, interpolate; with `replay` old rows come twice.   Conflicts: none.
 Tune: `strength` 0.1–0.5, `labels` 0.5–1.

@@ -6,6 +6,7 @@ p_t = probability that the model in training gives to the label, sg = no gradien
 is that of −p_t: rare labels no longer dominate a step.
 Deviations from the paper: weights are divided by their running mean, so that the steps keep their size;
     `normalise: false` is the form of the paper. Tokens of replayed rows keep the weight 1 unless `rows: all`.
+Needs: nothing.
 Cost: one more product with the output head over the supervised tokens.
 Combine with: replay, lora, freeze, interpolate; with `distill: {strength: 0.1, rows: all}` it is ASFT
     (arXiv:2509.23753).   Conflicts: none.

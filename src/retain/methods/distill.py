@@ -11,6 +11,7 @@ own, `batch_size` texts per step drawn by seed and step, where the mean over all
 Deviations from the paper: the teacher is not a second model (unless `frozen`): its forward pass runs with its weights
     in place of the trainable ones (with LoRA, without the adapters). The divergence is computed in tiles from hidden
     states, never as a batch × length × vocabulary tensor. No learning-rate warm-up of new heads.
+Needs: nothing but the task's rows; better with `replay`.
 Cost: one copy of the trainable weights, or the other model; one more forward pass over the rows it applies to, and a
     forward and backward pass over the texts.
 Combine with: replay (then it applies to the replayed rows), lora, ewc, freeze.   Conflicts: none.

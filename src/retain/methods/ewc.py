@@ -15,6 +15,7 @@ Deviations from the paper: F is scaled to mean 1, so `strength` means the same o
     paper's form). Labels are drawn from the model with one backward per batch (unbiased) unless `estimator` says
     otherwise. There is one anchor, the latest start, not one penalty per task, which counts old data twice (Huszár
     2017, arXiv:1712.03847). The pull is decay · F + F_new itself; online EWC multiplies it by decay once more.
+Needs: old rows once: the user's, or written by the model.
 Cost: two copies of the trainable weights; one pass over `samples` rows per task; O(parameters) per step. F lies in
     the run directory (`ewc/01.safetensors` from before the first task) and is found again by the content of model,
     rows and settings; `importance` takes it from there, or from mas or si.

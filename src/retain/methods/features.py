@@ -9,6 +9,7 @@ so 2 bits per entry are all that is stored. `loss: mse` is the plain mean of ((�
 Deviations from the paper: distances are in units of σ, as a strength should mean the same on every model. Old rows
     are the user's, else the model's own (1000 texts of SlimPajama there), taken where they are supervised. Its
     cross-entropy on them, ½ (CE_new + CE_old), is `replay` with a fraction of 0.5, which takes the same rows.
+Needs: old rows at every step: the user's, or written by the model.
 Cost: a forward and backward pass over `batch_size` rows per step; two forward passes over `samples` rows, once;
     `bits` per entry on disk, 1.2 MB for 64 rows of 128 tokens of a state of 576.
 Combine with: replay, distill, lora, ewc, freeze, interpolate.   Conflicts: none.

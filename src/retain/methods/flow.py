@@ -6,6 +6,7 @@
 N = supervised tokens. A row of median difficulty weighs e⁻¹ before normalising.
 Deviations from the paper: weights are divided by their running mean, so that the steps keep their size;
     `normalise: false` is the form of the paper. Tokens of replayed rows keep the weight 1 unless `rows: all`.
+Needs: nothing.
 Cost: one forward pass over the task's rows before training, on every rank, again after a resume; their losses in
     memory. Of a stream one more forward pass per step instead, with the median of the rows in the steps before (in
     the first step every row counts as the median one).

@@ -5,6 +5,7 @@
 θ* = weights at the start, i runs over single weights. The bottom layers hold general features and the top ones
 the mapping to answers; freezing from the bottom keeps the former bit for bit.
 Deviations from the paper: the share, the components and name patterns are settings and are joined together.
+Needs: nothing.
 Cost: none; frozen weights need no gradient and no optimizer state.
 Combine with: anything; with `lora` the adapters inside frozen layers are frozen as well.   Conflicts: none.
 Tune: `share` 0.5–0.8 for models of 1–7 billion parameters, more for larger ones; `{share: auto, similarity: 0.7}` takes

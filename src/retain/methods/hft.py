@@ -6,6 +6,7 @@
 three of the MLP (up, gate, down) two stay in a random half of the layers and one in the others.
 Deviations from the paper: other shares than a half, and layers with other numbers of matrices, are drawn by the same
     rule. A bias stays with its matrix; embeddings, head and norms learn. With `lora` it is the adapters that are drawn.
+Needs: nothing.
 Cost: none; it saves the gradients and optimizer states of what stays.
 Combine with: nearly anything.   Conflicts: blocks and bottleneck (what they add begins at zero and would stay there).
 Tune: `share` 0.5; matrices differ in size, so the share of weights that stays is printed.

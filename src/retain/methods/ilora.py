@@ -9,6 +9,7 @@ Deviations from the paper: the states of the last layer only, where the paper's 
     averages the fast adapter with itself, so its slow one never moves, and pulls to the larger of the two states; this
     follows the equations. As adapters are merged between tasks, the next fast adapter starts at the slow one. Other
     trained weights are averaged in the same way. Means of A and of B are not the mean of BA.
+Needs: nothing but the task's rows; better with `replay`.
 Cost: one copy of the trainable weights; one more forward pass over the rows that the consistency applies to.
 Combine with: replay (as in the paper; without it the consistency applies to the new rows), label_smoothing, lora
     (its settings; without it an adapter of default settings).

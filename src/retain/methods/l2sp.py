@@ -5,6 +5,7 @@
 θ* = weights at the start of the task. With LoRA the pulled quantity is ‖ΔW‖_F², ΔW = s·BA.
 Deviations from the paper: no second term for a new head, as a language model has none. The pull is added to
     the gradient after backward (or applied after the optimizer, `form: proximal`), never through autograd.
+Needs: nothing.
 Cost: one copy of the trainable weights (none with LoRA beyond the factors); O(parameters) per step.
 Combine with: replay, distill, lora, freeze, interpolate. Set `weight_decay: 0`, which pulls to zero instead.
 Conflicts: ewc (which weighs the same pull by importance).

@@ -8,6 +8,7 @@ likely before is not pushed down without end.
 Deviations from the paper: none in the value. It is made from hidden states and the mean row of the output head, never
     from all logits (tile by tile where the architecture caps its logits); set no `label_smoothing_factor` beside it.
     Replayed rows are not smoothed unless `rows: all`; weights of other methods do not act on this term.
+Needs: nothing.
 Cost: the mean of the output head's rows per micro-batch; with capped logits one more product with the head.
 Combine with: replay, distill, lora, freeze, interpolate.   Conflicts: none.
 Tune: `strength` 0.05–0.2.

@@ -8,6 +8,7 @@ of adapter from PEFT; methods that hold or average weights then do so with its p
 Deviations from the paper: alpha defaults to 2r; all linear layers are adapted by default, not q and v alone.
     In a sequence, each task gets a fresh adapter and the previous one is merged into the base (a quantised
     base cannot be merged without loss, so there the same adapter goes on learning).
+Needs: nothing.
 Cost: r·(in + out) trainable weights per layer, and their optimizer state; no extra pass.
 Combine with: nearly every other method.   Conflicts: packnet (which keeps single weights), blocks
     (which trains whole ones).

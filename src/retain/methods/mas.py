@@ -12,6 +12,7 @@ Deviations from the paper: Ω is scaled to mean 1, so `strength` means the same 
     (`units: raw` is the paper's form). It is taken on old rows before the first task too: a pretrained model has
     abilities to lose. The last hidden state, a common stand-in for f, is not offered: behind a final RMSNorm its
     length hardly depends on the weights.
+Needs: old rows once: the user's, or written by the model.
 Cost: two copies of the trainable weights; one backward pass for each of `samples` rows before the first task and after
     each one; O(parameters) per step.
 Combine with: replay, distill, lora, freeze, interpolate; with `ewc` or `l2sp` the pulls add up.   Conflicts: none.

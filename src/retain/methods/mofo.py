@@ -6,6 +6,7 @@
 their place, and those that stay hold what the model knew. Norms and biases move as usual.
 Deviations from the paper: works over any optimizer with a first moment; what is not among the largest is put back
     bit for bit, weight decay included (the authors' code decays every weight at every step). Ties go by place.
+Needs: nothing.
 Cost: one copy of the trained matrices during a step; one selection per matrix and step.
 Combine with: replay, distill, ewc, interpolate; list it last, so that it also filters what others do after a step.
 Conflicts: none.

@@ -3,6 +3,7 @@
     L = L_new
 
 Deviations from the paper: none.
+Needs: nothing.
 Cost: none.
 Combine with: anything; it does nothing.   Conflicts: none.
 Tune: nothing. Sweep the learning rate before saying that a method beats it.

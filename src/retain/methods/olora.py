@@ -10,6 +10,7 @@ Deviations from the paper: `form: squared` is the penalty of the paper, `absolut
     one strength means the same on every model; `normalise: false` is the plain sum. The second term of the
     code, on the norm of the new factors, is left out: `l2sp` holds ΔW itself. The first task has no earlier ones
     and is plain LoRA: nothing protects what the model could do before.
+Needs: nothing; acts from the second task on.
 Cost: r·in stored weights per layer and earlier task; O(r² · in · tasks) per layer and step.
 Combine with: replay, distill, lora (its settings; without it an adapter of default settings). List it before
     methods that change the final weights, so that it keeps what they leave.

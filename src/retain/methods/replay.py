@@ -16,6 +16,7 @@ Deviations from the paper: the share is held by counting, not by chance; rows ar
     Inputs from demonstrations are written once and rows of all kinds are chosen after they were answered; on policy
     the first answer is greedy. Rows drawn by priority are spread evenly over a step (systematic sampling) instead of
     independently.
+Needs: old rows at every step: the user's, or written by the model.
 Cost: ρ of a step; writing about one second per two rows on two CPU cores, once, or before each task with `refresh`.
     A `priority` by loss: a forward pass over all replay rows before the task, over `measure_rows` of them every
     `measure_every` steps, and over the rows kept after it (`forgetting`, `custom`); `gradient`: a forward and backward

@@ -7,6 +7,7 @@ g becomes ∇L(θ + ε). Against forgetting in language models: Li et al. 2024, 
 Deviations from the paper: terms of other methods are kept as they are at θ; where there are any, ∇L(θ) is taken in a
     pass of its own. ε is taken from the whole step over all ranks and micro-batches, and all passes draw the same
     dropout masks.
+Needs: nothing.
 Cost: one more forward and backward pass per step, with a copy and a gradient of the trainable weights; two more and
     another gradient where a method adds a term or weighs tokens, or one before it in the list edits gradients.
 Combine with: replay, lora, distill, interpolate; list it before what edits gradients.   Conflicts: none.

@@ -8,6 +8,7 @@ tasks has one place of rank r to gather in, however many there are.
 Deviations from the paper: two adapters in one, as their product is one of rows and columns side by side; it has one
     scale s and one dropout, those of `lora`. As adapters are merged between tasks, B⁰A⁰ is in the base by then: it is
     taken out by r more rows and columns that stay as they are, so that every task begins at the model that was kept.
+Needs: nothing.
 Cost: r more rows and columns, 2r from the second task on; two factors per layer and task on disk.
 Combine with: lora (listed before it; without it a part of default settings), replay, distill, freeze, ewc, ilora.
 Conflicts: olora (which keeps tasks out of each other's directions), slao (which has one adapter for all tasks),

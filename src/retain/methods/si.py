@@ -13,6 +13,7 @@ Deviations from the paper: before the first task every weight has the importance
     during the first task; `importance` takes that of ewc or mas in its place. A task's Ω is scaled to mean 1, so
     `strength` means the same on every model; ξ is relative to the mean of Δ². The step includes the optimizer's
     weight decay.
+Needs: nothing.
 Cost: five copies of the trainable weights (with LoRA of the factors); no pass over data; O(parameters) per step.
 Combine with: replay, distill, lora, freeze, ewc, interpolate. List it before other methods that edit gradients, whose
     part would be recorded with the task's. With `l2sp` set `prior: 0`, or the same pull acts twice.   Conflicts: none.

@@ -10,6 +10,7 @@ Deviations from the paper: the previous s·B_m A_m is in the base by then, as ad
     adapter has rank 2r from the second task on. R is chosen with a positive diagonal. As in the paper R is
     dropped, so a task does not begin at the model that was kept: what holds to the start of a task (`ewc`,
     `l2sp`, `distill`) holds to A⁰ and B⁰.
+Needs: nothing; acts from the second task on.
 Cost: 2r instead of r in the forward pass; three factors per layer on disk; one QR per layer and task.
 Combine with: replay, lora (its settings; without it an adapter of default settings), freeze.
 Conflicts: olora (which keeps tasks out of each other's directions), shared_lora (which has a part for each task),

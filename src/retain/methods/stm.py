@@ -8,6 +8,7 @@ Deviations from the paper: weights are divided by their running mean, so that th
     false` is the form of the paper). Where fewer tokens than the share `least` pass, the threshold is raised for it
     (`least: 0` is the form of the paper, which can leave nothing to learn). Tokens of replayed rows are kept, unless
     `rows: all` weighs them too.
+Needs: nothing.
 Cost: one forward pass over the task's rows before training, on every rank, again after a resume; their losses in
     memory. Of a stream one more forward pass per step instead, and `least` counts the steps before.
 Combine with: replay, distill, lora, freeze, interpolate.   Conflicts: none.

@@ -8,6 +8,7 @@ With LoRA, UᵀB = 0 and AV = 0, hence the product s·BA stays outside; A begins
 Deviations from the paper: the realised step is projected, and so is the first moment: the paper projects gradients,
     which Adam's division and weight decay lead back into the subspace. U and V are closed off each for itself, not
     only their outer product, and every layer has the same share. Embeddings, head and norms are not held; see freeze.
+Needs: nothing; with `energy` old rows once.
 Cost: one SVD per matrix and task; two pairs of thin products per matrix and step; with `energy` a pass over old rows.
 Combine with: lora, freeze, replay, distill; list it last, so that it sees what others do after a step.
 Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight).

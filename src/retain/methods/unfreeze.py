@@ -10,6 +10,7 @@ over processes, at any step.
 Deviations from the paper: the rate falls from group to group, not from layer to layer (2.6 per layer would stop
     half of a deep model). A group opens after a share of the steps, not after an epoch, and warms up, as its moments
     are empty. A head tied to the embeddings opens with them. The learning-rate schedule is the trainer's.
+Needs: nothing.
 Cost: none saved, as gradients of closed weights are computed; a copy of those that move at a reduced rate.
 Combine with: anything. List it last: what moves weights after the optimizer before it is slowed down as well.
     With `lora` the adapters are what opens.   Conflicts: none.
