@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import re
 import typing
@@ -176,7 +177,9 @@ def needy(method: type[Method]) -> list[Method]:
     found = [method()]
     for name, field in method.Config.model_fields.items():
         if typing.get_origin(field.annotation) is typing.Literal:
-            found += [method(**{name: choice}) for choice in typing.get_args(field.annotation)]
+            for choice in typing.get_args(field.annotation):
+                with contextlib.suppress(ConfigError):  # a choice that goes only with another setting
+                    found.append(method(**{name: choice}))
     return [m for m in found if m.needs]
 
 
