@@ -206,7 +206,7 @@ def test_nothing_that_turns_it_off_may_be_negative(method):
     for name, value in method.off.items():
         if type(value) is not float:
             continue
-        with pytest.raises(ConfigError, match=rf"^methods\.{method.name}\.{name}: ") as caught:
+        with pytest.raises(ConfigError, match=rf"^methods\.{method.name}\.{name}\b") as caught:
             method(**{name: -1.0})
         assert "\n" not in str(caught.value)
 
