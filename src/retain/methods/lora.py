@@ -153,7 +153,8 @@ def with_adapter(model: Any, run: Run) -> Any:
     if hasattr(model, "peft_config") and any(c.peft_type != "LORA" for c in model.peft_config.values()):
         return model
     pairs = params.lora_pairs(model).values()
-    fresh = bool(pairs) and not any(bool(pair.B.any()) for pair in pairs)
+    # without weights there is nothing to look at, and the adapter was made just now
+    fresh = bool(pairs) and not any(not pair.B.is_meta and bool(pair.B.any()) for pair in pairs)
     return model if fresh else LoRA().prepare_model(model, run)
 
 
