@@ -178,6 +178,8 @@ def test_it_says_when_it_does_not_fit(shop, tmp_path, monkeypatch):
     lora = estimated(shop, tmp_path, methods=[{"lora": {"r": 2}}])
     assert any(step.startswith("model.quantize=4bit") for step in lora.advice)
     assert not any("`lora`" in step for step in lora.advice)
+    packnet = estimated(shop, tmp_path, methods=["packnet"]).advice
+    assert not any("`lora`" in step for step in packnet), "it would be refused"
 
 
 def test_experts_are_rehearsed(shop, tmp_path):

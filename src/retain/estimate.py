@@ -21,6 +21,7 @@ from retain.data.tasks import Task
 from retain.errors import ConfigError
 from retain.functional import strengths
 from retain.methods.context import Run
+from retain.methods.lora import LoRA
 from retain.models import machine, params
 from retain.models.weightless import Cost, Weightless
 from retain.probes.base import Probe
@@ -309,9 +310,10 @@ class _Estimator:
                 f"train.per_device_train_batch_size={max(1, batch // 4)} with "
                 f"train.gradient_accumulation_steps={4 * self.args.gradient_accumulation_steps}"
             )
-        if "lora" not in self.methods:
+        clashes = any(m.clash(LoRA) or LoRA.clash(type(m)) for m in self.stack.methods)
+        if "lora" not in self.methods and not clashes:
             found.append("`lora` among the methods: no gradients and states for the base model")
-        elif self.config.model.quantize == "none":
+        elif "lora" in self.methods and self.config.model.quantize == "none":
             found.append("model.quantize=4bit")
         found.append("a shorter train.max_length, or a smaller model")
         return found
