@@ -60,7 +60,10 @@ def test_steps_are_those_of_the_trainer(replay, train, tmp_path):
         methods[0].config if methods else None,
         sizes(12, 20, 5) if methods else None,
     )
-    assert work.steps == made.state.global_step
+    # where the share moves, epochs are cut into equal parts, of which the last may lack a step
+    short = made.state.max_steps - made.state.global_step
+    assert work.steps == made.state.max_steps
+    assert short == 0 or (short == 1 and "schedule" in replay)
     assert work.replayed == pytest.approx(replayed, abs=2)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from retain.data.replay_sources import OWN, read
 from retain.data.tasks import Task
 from retain.errors import ConfigError
 from retain.functional import strengths
@@ -174,7 +175,7 @@ class _Estimator:
             parts = [*([base] * 3 if base else []), *earlier[-1:]]  # three quarters stand for abilities from before
             old = Lengths.joined(parts) if replay is not None and parts else None
             found.append(self._taught(task_work(task.name, rows, new, self.train, replay, old)))
-            if replay is not None and replay.buffer:
+            if replay is not None and replay.buffer and "tasks" in replay.asked:
                 earlier.append(Lengths.joined([new, *earlier]))
         return found
 
@@ -190,12 +191,15 @@ class _Estimator:
     @cached_property
     def old_lengths(self) -> Lengths | None:
         """Lengths of the rows that stand for abilities from before the run."""
-        replay = self.methods.get("replay")
-        if self.old is not None and (replay is None or replay.source in ("auto", "old", "on_policy")):
-            return measured(self.old, self.tokenizer, self.train.get("max_length"))
-        if replay is not None and replay.source in ("none", "on_policy"):
-            return None
-        return written_lengths(self.tokenizer, replay.max_tokens if replay is not None else 64)
+        replay, most = self.methods.get("replay"), self.train.get("max_length")
+        asked = {"auto"} if replay is None else replay.asked
+        files = [] if replay is None else [s for s in replay.sources if s.data not in OWN]
+        parts = [measured(read(source, self.config.seed), self.tokenizer, most) for source in files]
+        if self.old is not None and asked & {"auto", "old", "on_policy"}:
+            parts.append(measured(self.old, self.tokenizer, most))
+        if asked & {"self", "demonstrations"} or ("auto" in asked and self.old is None):
+            parts.append(written_lengths(self.tokenizer, replay.max_tokens if replay is not None else 64))
+        return Lengths.joined(parts) if parts else None
 
     # -- the model and its passes ------------------------------------------------------------------------
     def _rehearsed(self, work: Sequence[TaskWork]) -> tuple[Rehearsal, dict[str, Cost]]:

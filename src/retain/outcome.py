@@ -48,7 +48,7 @@ def outcome(
         seed=config.seed,
         confidence=confidence,
         command=shlex.join(["retain", "run", str(place.config)]),
-        old=_what_stood_for_old(config, place),
+        old=_what_stood_for_old(config, place, methods),
         methods=methods,
         tasks=names,
         stages=stages,
@@ -62,14 +62,16 @@ def outcome(
     )
 
 
-def _what_stood_for_old(config: RunConfig, place: RunDirectory) -> str:
+def _what_stood_for_old(config: RunConfig, place: RunDirectory, methods: dict[str, Any]) -> str:
     if any((place.path / "buffer").glob("demonstrations-0*.parquet")):
         return f"rows the model wrote like those given by the user: {config.old}"
     if any((place.path / "buffer").glob("on-policy-*.parquet")):
         whose = f"given by the user ({config.old})" if config.old else "of earlier tasks"
         return f"prompts {whose}, answered anew by the model; stored answers where it was not right"
-    if config.old:
-        return f"rows given by the user: {config.old}"
-    if (place.path / "buffer" / "self.parquet").is_file():
-        return "text the model wrote itself before training"
-    return "none: no method needed old data"
+    listed = [source["data"] for source in methods.get("replay", {}).get("sources", [])]
+    found = [f"rows given by the user: {config.old}"] if config.old else []
+    if files := [data for data in listed if data not in ("old", "self", "tasks")]:
+        found.append(f"rows replayed from {', '.join(files)}")
+    if (place.path / "buffer" / "self.parquet").is_file() and (not config.old or "self" in listed):
+        found.append("text the model wrote itself before training")
+    return "; ".join(found) or "none: no method needed old data"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from retain.data.chat import row_lengths
-from retain.functional.sampling import schedule
+from retain.functional.pacing import mean_share
 from retain.models.generation import has_chat_template, render
 from retain.probes.asking import WrittenProbe
 from retain.probes.base import Probe, Subject
@@ -120,8 +120,9 @@ def rows_to_write(methods: dict[str, Any], old: bool, rows: int | None) -> tuple
     """
     replay, ewc = methods.get("replay"), methods.get("ewc")
     written = {"self", "demonstrations", "on_policy" if old else "auto"}
-    if replay is not None and replay.source in written and replay.endpoint is None:
-        needed = replay.rows if rows is None else math.ceil(rows * replay.fraction / (1 - replay.fraction))
+    if replay is not None and replay.asked & written and replay.endpoint is None:
+        share = mean_share(replay.share)
+        needed = replay.rows if rows is None else math.ceil(rows * share / (1 - share))
         return min(replay.rows, max(16, 2 * needed)), replay.max_tokens
     if ewc is not None and ewc.importance is None and not old:
         return ewc.samples, 64
@@ -151,8 +152,8 @@ def task_work(
     epochs = math.ceil(passes) if steps <= 0 else max(1, round(steps * window / max(rows or 1, 1)))
     owed = 0.0  # replayed rows to a new one
     if replay is not None and old is not None:
-        weight = new.learned.mean() / old.learned.mean() if replay.by == "tokens" else 1.0
-        owed = weight * _owed(replay)
+        share = mean_share(replay.share, new.learned.mean() / old.learned.mean() if replay.by == "tokens" else 1.0)
+        owed = share / (1 - share)
     if steps <= 0:
         total = epochs * (rows or 0)
         steps = math.ceil(passes * math.ceil((total + math.floor(owed * total + 0.5)) / (epochs * window)))
@@ -163,14 +164,6 @@ def task_work(
     usual = Batch(batch, max(1, width), max(1, learned))
     largest = Batch(batch, int(new.tokens.max()), int(batch * new.learned.max()))
     return TaskWork(name, rows, round(steps * window * share), steps, batches, usual, largest)
-
-
-def _owed(replay: Any) -> float:
-    """Replayed rows (or tokens) to a new one, on average over a task."""
-    kind = replay.schedule
-    share = schedule(kind, None if kind == "custom" else replay.fraction, replay.end, replay.expression)
-    shares = np.array([share(t / 1000) for t in range(1 if kind == "constant" else 1000)])
-    return float((shares / (1 - shares)).mean())
 
 
 def _mixed(new: Lengths, old: Lengths, share: float) -> Lengths:

@@ -68,8 +68,38 @@ def test_expressions_without_a_fraction_somewhere_are_refused(text):
         schedule("custom", expression=text)
 
 
+def test_a_warmup_reaches_the_fraction_and_annealed_replay_comes_last():
+    warm, late = schedule("warmup", 0.3, part=0.5), schedule("annealed", 0.3, part=0.5)
+    assert [warm(t) for t in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.15, 0.3, 0.3])
+    assert [late(t) for t in (0, 0.49, 0.5, 1)] == pytest.approx([0, 0, 0.6, 0.6])
+    assert [schedule("warmup")(t) for t in (0.1, 0.2)] == pytest.approx([0.05, 0.1])
+    assert schedule("annealed")(0.9) == pytest.approx(0.5)
+    with pytest.raises(ConfigError, match=r"Raise `part` above 0\.3"):
+        schedule("annealed", 0.3)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "rising", "warmup", "annealed"])
+@pytest.mark.parametrize("epochs", [1, 2.5])
+def test_what_is_replayed_is_the_time_integral_of_the_share(kind, epochs):
+    fraction = schedule(kind, 0.15)
+    rows = [mix(np.ones(2000), np.ones(50), fraction, seed=1, epoch=e, epochs=epochs) for e in range(int(epochs + 0.5))]
+    shown = np.concatenate(rows)
+    if epochs == 2.5:
+        shown = shown[: np.flatnonzero(shown < 2000)[4999] + 1]  # the last pass is planned up to its middle
+    integral = np.mean([fraction((i + 0.5) / 10_000) for i in range(10_000)])
+    most = max(fraction(t) / (1 - fraction(t)) for t in np.linspace(0, 1, 101)) + 1  # rows that one new row brings
+    assert (shown >= 2000).mean() == pytest.approx(integral, abs=most / len(shown))
+    # and at every moment, t being the part of all rows that was shown
+    for t in (0.1, 0.5, 0.85):
+        so_far = shown[: round(t * len(shown))]
+        owed = np.mean([fraction(t * (i + 0.5) / 1000) for i in range(1000)])
+        assert (so_far >= 2000).mean() == pytest.approx(owed, abs=2 * most / len(so_far))
+
+
 def test_schedule_errors():
     for arguments in (
+        {"kind": "linear", "part": 0.2}, {"kind": "warmup", "part": 0.0}, {"kind": "annealed", "part": 1.1},
+        {"kind": "warmup", "end": 0.2}, {"kind": "annealed", "start": 0.2, "part": 0.2}, {"kind": "custom", "part": 1},
         {"kind": "linaer"}, {"kind": "constant"}, {"kind": "constant", "start": 0.1, "end": 0.2},
         {"kind": "custom"}, {"kind": "linear", "expression": "t"}, {"kind": "linear", "start": 1.0},
         {"kind": "rising", "end": -0.1}, {"kind": "custom", "start": 0.1, "expression": "0.1"},
@@ -125,6 +155,20 @@ def lengths(count, seed):
 KINDS = [schedule("constant", 0.25), schedule("linear"), schedule("cosine"), schedule("rising", 0.0, 0.6)]
 
 
+def times(fraction, ratio, number):
+    """Slow reference: t when k of `number` new rows were shown, walking through training in small steps."""
+    cells, shown = 100_000, [0.0]
+    for cell in range(cells):
+        odds = fraction((cell + 0.5) / cells) / (1 - fraction((cell + 0.5) / cells)) * ratio
+        shown.append(shown[-1] + 1 / (1 + odds))
+    found, cell = [], 0
+    for k in range(number):
+        while shown[cell + 1] / shown[-1] <= k / number:
+            cell += 1
+        found.append(cell / cells)
+    return found
+
+
 @pytest.mark.parametrize("by", ["rows", "tokens"])
 @pytest.mark.parametrize("fraction", KINDS)
 def test_share_follows_the_schedule_at_every_prefix_over_all_epochs(by, fraction):
@@ -132,14 +176,15 @@ def test_share_follows_the_schedule_at_every_prefix_over_all_epochs(by, fraction
     weight = np.concatenate([new, replay]) if by == "tokens" else np.ones(248)
     owed = paid = 0.0
     seen = 0
-    largest = weight[211:].max()
+    t = times(fraction, weight[:211].mean() / weight[211:].mean(), 211 * epochs)
+    largest = weight[211:].max() * 1.01  # the reference is coarse
     for epoch in range(epochs):
         # window=1 shows the order before shuffling
         for row in mix(new, replay, fraction, seed=4, epoch=epoch, epochs=epochs, by=by):
             assert paid - owed <= largest / 2 + 1e-6
             if row < 211:  # all replay for the rows before is in
                 assert abs(paid - owed) <= largest / 2 + 1e-6
-                f = fraction(seen / (211 * epochs))
+                f = fraction(t[seen])
                 owed += weight[row] * f / (1 - f)
                 seen += 1
             else:

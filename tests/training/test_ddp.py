@@ -13,7 +13,7 @@ from retain.training import checkpoint
 
 CASES = (
     *("none", "replay-distill", "ewc", "mas", "si", "agem", "sam", "key_layers", "l2sp"),
-    *("self", "on_policy", "priority", "stages"),
+    *("self", "on_policy", "priority", "sources", "stages"),
 )
 
 
@@ -47,7 +47,7 @@ def test_same_weights(both, case):
         assert one.keys() != plain.keys() or any(not torch.equal(one[name], plain[name]) for name in one)
 
 
-@pytest.mark.parametrize("case", ["replay-distill", "self", "on_policy", "priority"])
+@pytest.mark.parametrize("case", ["replay-distill", "self", "on_policy", "priority", "sources"])
 def test_same_rows_at_every_step(both, case):
     def windows(folder: Path, processes: int) -> list[list[tuple]]:
         """Rows of each optimizer step, in any order within the step, with their origin."""
@@ -65,6 +65,9 @@ def test_same_rows_at_every_step(both, case):
     one, two = windows(both[0], 1), windows(both[1], 2)
     assert one == two
     assert any(source == 1 for step in one for source, _ in step)
+    if case == "sources":  # two steps without and with a block; two sources
+        assert [sum(source > 0 for source, _ in step) for step in one] == [1, 3, 1, 3]
+        assert {source for step in one for source, _ in step} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("case", ["ewc", "mas", "si", "stages"])

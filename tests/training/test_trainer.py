@@ -1,10 +1,13 @@
 """The host's traps: scales, hook order, logging, wrappers. Each test pins one that once cost somebody a result."""
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from scipy.stats import chisquare
 from tiny import tiny_model, tiny_tokenizer
 from training_kit import distance, rows, same_bits, stored, train, trainer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -251,6 +254,31 @@ def test_a_stream_refuses_a_schedule(tmp_path):
     )
     with pytest.raises(ConfigError, match="schedule"):
         made.train()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("every", 4), ("by", "tokens"), ("schedule", "warmup")])
+def test_a_stream_refuses_what_needs_a_plan(setting, value, tmp_path):
+    made = trainer(build([{"replay": {setting: value}}]), tmp_path, train_rows=rows(16).to_iterable_dataset())
+    with pytest.raises(ConfigError, match=rf"methods\.replay\.{setting}") as caught:
+        made.train()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_with_several_sources(tmp_path):
+    lines = [{"prompt": f"question {1000 + i}", "response": "one"} for i in range(6)]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = [{"data": str(tmp_path / "more.jsonl"), "weight": 3}, {"data": "old", "weight": 1}]
+    made = train(
+        build([{"replay": {"fraction": 0.5, "sources": sources}}]),
+        tmp_path,
+        train_rows=rows(400).to_iterable_dataset(),
+        steps=40,
+        batch=8,
+    )
+    found = np.bincount([s for batch in made.seen for s in batch["source"]], minlength=3)
+    assert chisquare(found, 320 * np.array([0.5, 0.375, 0.125])).pvalue > 1e-3
+    logs = [line for line in made.state.log_history if "replay/more" in line]
+    assert np.mean([line["replay/more"] for line in logs]) == pytest.approx(found[1] / 320)
 
 
 @pytest.mark.parametrize("methods", [[], [REPLAY]])

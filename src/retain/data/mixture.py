@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Sampler
 
-from retain.functional.sampling import mix
+from retain.functional.pacing import in_blocks, mean_share
+from retain.functional.sampling import mix, shuffled
+from retain.functional.sources import Sources, odds
 
 
 @dataclass
@@ -23,6 +26,9 @@ class Mixture:
         by: whether the share counts rows or supervised tokens.
         choose: (step from 0, places) → which replay rows take the places that the plan gives to replay in that step;
             None where the plan itself says which.
+        sources: where the replay rows are from; None for one source without a name.
+        every: optimizer steps from one block of replay to the next; None for replay in every step.
+        spread: with `every`, the part of the replay that stays in every step.
     """
 
     new: Any
@@ -30,6 +36,9 @@ class Mixture:
     fraction: Callable[[float], float] | None = None
     by: Literal["rows", "tokens"] = "rows"
     choose: Callable[[int, int], np.ndarray] | None = None
+    sources: Sources | None = None
+    every: int | None = None
+    spread: float = 0.0
 
 
 class MixtureSampler(Sampler[int]):
@@ -43,6 +52,8 @@ class MixtureSampler(Sampler[int]):
         window: rows per optimizer step over all ranks and accumulation steps.
         epochs: planned passes over the new rows; progress 1 is the end of the last.
         choose: as of `Mixture`; asked when a step's rows are read. How many places replay has is planned all the same.
+        steps: planned optimizer steps; above 0 they say how many passes there are, instead of `epochs`.
+        sources, every, spread: see `Mixture`.
     """
 
     def __init__(
@@ -52,16 +63,25 @@ class MixtureSampler(Sampler[int]):
         fraction: Callable[[float], float],
         by: Literal["rows", "tokens"],
         window: int,
-        epochs: int,
+        epochs: float,
         seed: int,
+        steps: int = 0,
+        sources: Sources | None = None,
+        every: int | None = None,
+        spread: float = 0.0,
         choose: Callable[[int, int], np.ndarray] | None = None,
     ) -> None:
         self.new_lengths, self.replay_lengths = np.asarray(new_lengths), np.asarray(replay_lengths)
-        self.fraction, self.by, self.window, self.epochs, self.seed = fraction, by, window, epochs, seed
-        self.choose = choose
+        self.fraction, self.by, self.window, self.seed = fraction, by, window, seed
+        self.sources, self.every, self.spread, self.choose = sources, every, spread, choose
+        if steps > 0:
+            ratio = odds(self.new_lengths, self.replay_lengths, sources) if by == "tokens" else 1.0
+            epochs = steps * window * (1 - mean_share(fraction, ratio)) / max(1, len(self.new_lengths))
+        self.passes = max(epochs, 1e-6)
+        self.epochs = max(1, math.ceil(epochs - 1e-9))
         self.epoch = 0
         self._plan: dict[int, np.ndarray] = {}
-        self._equal: np.ndarray | None = None  # all epochs in a row, where their lengths differ
+        self._whole: np.ndarray | None = None  # all epochs in a row, where each cannot be planned alone
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
@@ -70,35 +90,56 @@ class MixtureSampler(Sampler[int]):
     def plan(self, epoch: int) -> np.ndarray:
         """The row numbers of an epoch, in order.
 
-        The host plans every epoch as long as the first. Where a schedule makes epochs unequal, the rows of all
-        epochs are therefore cut into equal parts, so that none is skipped.
+        The host plans every epoch as long as the first. Where a schedule makes epochs unequal, or blocks reach from
+        one into the next, the rows of all epochs are therefore cut into equal parts, so that none is skipped.
         """
-        if self._equal is None:
-            first = [self._mixed(e) for e in range(self.epochs)]
-            if len({len(rows) for rows in first}) > 1:
-                self._equal = np.concatenate(first)
-            else:
-                self._equal = np.empty(0, dtype=np.int64)
-        if len(self._equal) == 0 or epoch >= self.epochs:
+        if self._whole is None:
+            self._whole = self._joined()
+        if len(self._whole) == 0 or epoch >= self.epochs:
             return self._mixed(epoch)
-        size = -(-len(self._equal) // (self.epochs * self.window)) * self.window
-        return self._equal[epoch * size : (epoch + 1) * size]
+        size = -(-len(self._whole) // (self.epochs * self.window)) * self.window
+        return self._whole[epoch * size : (epoch + 1) * size]
+
+    def _joined(self) -> np.ndarray:
+        """All planned epochs in a row, in blocks; nothing where each can be planned alone."""
+        if not self.every and len({len(self._mixed(e)) for e in range(self.epochs)}) == 1:
+            return np.empty(0, dtype=np.int64)
+        count = len(self.new_lengths)
+        rows = np.concatenate([self._ordered(e, 1) for e in range(self.epochs)])
+        if self.every:
+            rows = rows[in_blocks(rows >= count, self.every * self.window, self.spread)]
+        return shuffled(rows, count, self.window, self.seed)
 
     def _mixed(self, epoch: int) -> np.ndarray:
         if epoch not in self._plan:
             if len(self._plan) > 1:
                 self._plan.clear()  # long runs: one epoch is made again in a moment, all at once need not fit
-            self._plan[epoch] = mix(
-                self.new_lengths,
-                self.replay_lengths,
-                self.fraction,
-                seed=self.seed,
-                epoch=epoch,
-                epochs=max(self.epochs, epoch + 1),
-                by=self.by,
-                window=self.window,
-            )
+            self._plan[epoch] = self._ordered(epoch, self.window)
         return self._plan[epoch]
+
+    def _ordered(self, epoch: int, window: int) -> np.ndarray:
+        return mix(
+            self.new_lengths,
+            self.replay_lengths,
+            self.fraction,
+            seed=self.seed,
+            epoch=epoch,
+            epochs=self.passes if epoch < self.epochs else epoch + 1,
+            by=self.by,
+            window=window,
+            sources=self.sources,
+        )
+
+    def shown(self, steps: int) -> np.ndarray:
+        """The row numbers of the first so many optimizer steps."""
+        parts, epoch = [np.empty(0, dtype=np.int64)], 0
+        while steps > 0:
+            rows = self.plan(epoch)
+            if not len(rows):
+                break
+            parts.append(rows[: steps * self.window])
+            steps, epoch = steps - math.ceil(len(rows) / self.window), epoch + 1
+        return np.concatenate(parts)
 
     def __len__(self) -> int:
         return len(self.plan(self.epoch))

@@ -14,9 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from retain.errors import ConfigError, DataError, unknown
-
-#: Replay fraction as a function of the progress of training in [0, 1].
-Fraction = Callable[[float], float]
+from retain.functional.pacing import Fraction, checked, progress
+from retain.functional.sources import Sources, draws, odds
 
 #: kind → default start and end; None: constant has no end, linear ends at 20 % of its start.
 SCHEDULES: dict[str, tuple[float | None, float | None]] = {
@@ -24,8 +23,12 @@ SCHEDULES: dict[str, tuple[float | None, float | None]] = {
     "linear": (0.2, None),
     "cosine": (0.3, 0.1),
     "rising": (0.15, 0.30),
+    "warmup": (0.1, None),
+    "annealed": (0.1, None),
     "custom": (None, None),
 }
+#: Part of the training that a warm-up takes, or in which all replay of an annealed schedule is.
+PART = 0.2
 _FUNCTIONS: dict[str, Callable[..., float]] = {
     "min": min, "max": max, "sin": math.sin, "cos": math.cos, "exp": math.exp, "sqrt": math.sqrt
 }  # fmt: skip
@@ -38,7 +41,7 @@ _OPERATORS: dict[type, Callable[..., float]] = {
     ast.USub: lambda a: -a,
     ast.UAdd: lambda a: a,
 }
-_NEW, _REPLAY, _WINDOW = range(3)  # streams of random numbers
+_NEW, _WINDOW = 0, 2  # streams of random numbers; `sources.STREAM` is another
 
 
 def schedule(
@@ -47,10 +50,12 @@ def schedule(
     end: float | None = None,
     expression: str | None = None,
     below: float = 1.0,
+    part: float | None = None,
 ) -> Fraction:
     """The replay fraction, or another number, as a function of progress t in [0, 1].
 
     constant: start. linear, rising: start + (end − start) t. cosine: end + (start − end)(1 + cos πt)/2.
+    warmup: start · min(1, t/part). annealed: start/part in the last `part`, before that 0: the mean is start.
     custom: an expression of `t`, see `parse_expression`; checked at 1001 points.
 
     Args:
@@ -58,6 +63,7 @@ def schedule(
         start, end: fractions in [0, 1), or numbers in [0, below).
         expression: for "custom" only.
         below: what no value may reach; infinity for numbers that are no fractions.
+        part: in (0, 1], for "warmup" and "annealed" only; default `PART`.
 
     Raises:
         ConfigError: unknown kind, a missing or superfluous number, one outside [0, below), or a bad expression.
@@ -66,25 +72,44 @@ def schedule(
         raise ConfigError(unknown("schedule", str(kind), SCHEDULES))
     if (expression is not None) != (kind == "custom"):
         raise ConfigError(f"schedule: '{kind}' with expression {expression!r}; an expression goes with 'custom' only.")
+    if part is not None and (kind not in ("warmup", "annealed") or not 0 < part <= 1):
+        raise ConfigError(
+            f"schedule: '{kind}' with part {part:g}; a part goes with 'warmup' and 'annealed', above 0 and at most 1."
+        )
     if kind == "custom":
         if start is not None or end is not None:
             raise ConfigError("schedule: 'custom' takes no start and no end; write them into the expression.")
         value = parse_expression(str(expression))
         for i in range(1001):
-            _checked(value(i / 1000), i / 1000, below)
+            checked(value(i / 1000), i / 1000, below)
         return value
     low, high = SCHEDULES[kind]
     first = low if start is None else start
     if first is None or (kind == "constant" and end is not None):
         raise ConfigError("schedule: 'constant' takes a start (the fraction) and no end.")
-    _checked(first, 0.0, below)
+    checked(first, 0.0, below)
     if kind == "constant":
         return lambda t: first
+    if kind in ("warmup", "annealed"):
+        return _in_part(kind, first, end, PART if part is None else part)
     last = end if end is not None else (0.2 * first if high is None else high)
-    _checked(last, 1.0, below)
+    checked(last, 1.0, below)
     if kind == "cosine":
         return lambda t: last + (first - last) * (1 + math.cos(math.pi * t)) / 2
     return lambda t: first + (last - first) * t
+
+
+def _in_part(kind: str, reached: float, end: float | None, part: float) -> Fraction:
+    if end is not None:
+        raise ConfigError(f"schedule: '{kind}' takes no end; give the fraction and `part`.")
+    if kind == "warmup":
+        return lambda t: reached * min(1.0, t / part)
+    if reached >= part:
+        raise ConfigError(
+            f"schedule: a fraction of {reached:g} does not fit into the last {part:g} of the training. Raise `part` "
+            f"above {reached:g}, or lower the fraction."
+        )
+    return lambda t: reached / part if t >= 1 - part else 0.0
 
 
 def parse_expression(text: str) -> Fraction:
@@ -150,13 +175,6 @@ def _evaluate(node: Any, names: dict[str, float]) -> float:
     return _OPERATORS[type(node.op)](*(_evaluate(child, names) for child in inside))
 
 
-def _checked(value: float, t: float, below: float = 1.0) -> float:
-    if not 0 <= value < below:
-        what, most = ("fraction", f"below {below:g}") if below < math.inf else ("value", "finite")
-        raise ConfigError(f"schedule: {what} {value:g} at t = {t:g}; allowed: at least 0 and {most}.")
-    return value
-
-
 class Reservoir:
     """A uniform sample of fixed size from a stream of unknown length (Vitter 1985, algorithm R).
 
@@ -206,27 +224,30 @@ def mix(
     *,
     seed: int,
     epoch: int = 0,
-    epochs: int = 1,
+    epochs: float = 1,
     window: int = 1,
     by: Literal["rows", "tokens"] = "rows",
+    sources: Sources | None = None,
 ) -> np.ndarray:
     """Row indices of one epoch: new rows are 0 … N−1, replay row j is N + j.
 
     Each new row of weight w at progress t owes w f(t) / (1 − f(t)) of replay; a replay row follows as soon as
     half of its own weight is owed. So after every new row the replay so far differs from what is owed by at
-    most half a replay row, across epochs. t counts new rows over all epochs. Each new row comes once per
-    epoch, in `new_order`; the buffer is gone through in random passes, each row once per pass, going on from
-    epoch to epoch. Last, rows are shuffled within windows (the global batch), so that every optimizer step
-    has its share; windows without replay stay as they are, hence a fraction of 0 gives `new_order` itself.
+    most half a replay row, across epochs. t counts rows shown over all epochs, see `progress`. Each new row comes
+    once per epoch, in `new_order`; replay rows are those of `draws`: random passes over each source, each row once
+    per pass, going on from epoch to epoch. Last, rows are shuffled within windows (the global batch), so that
+    every optimizer step has its share; windows without replay stay as they are, hence a fraction of 0 gives
+    `new_order` itself.
 
     Args:
         new_lengths, replay_lengths: [N] and [M] supervised tokens of each row (only the counts matter for
             by="rows").
         fraction: f, values in [0, 1).
         seed: any non-negative integer.
-        epoch, epochs: which of how many.
+        epoch, epochs: which of how many; the last need not be whole.
         window: rows per optimizer step.
         by: what the fraction counts, "rows" or supervised "tokens".
+        sources: of the replay rows, with their shares; default: one source.
 
     Returns:
         int64 [rows of this epoch]. Costs O((epoch + 1) · rows).
@@ -252,8 +273,9 @@ def mix(
         new_weight, replay_weight = np.ones(count), np.ones(buffer)
 
     so_far = range(epoch + 1)
-    steps = np.arange(count * (epoch + 1)) / max(1, count * epochs)
-    shares = np.fromiter((_checked(fraction(t), t) for t in steps.tolist()), float, len(steps))
+    done = np.minimum(np.arange(count * (epoch + 1)) / max(1, count * epochs), 1.0)
+    steps = progress(fraction, done, odds(new_weight, replay_weight, sources))
+    shares = np.fromiter((checked(fraction(t), t) for t in steps.tolist()), float, len(steps))
     order = new_order(count, seed, epoch)
     weights = np.concatenate([new_weight[new_order(count, seed, e)] for e in so_far])
     owed = np.cumsum(weights * shares / (1 - shares))
@@ -262,18 +284,23 @@ def mix(
     if buffer == 0:
         raise ConfigError("replay: the buffer is empty; give old rows, or set the fraction to 0.")
 
-    passes = math.ceil(owed[-1] / replay_weight.sum()) + 1
-    draws = np.concatenate([np.random.default_rng([seed, p, _REPLAY]).permutation(buffer) for p in range(passes)])
-    paid = replay_weight[draws]
+    drawn = draws(replay_weight, float(owed[-1]), seed, sources)
+    paid = replay_weight[drawn]
     due = np.cumsum(paid) - paid / 2  # replay row k comes once this much is owed
     after = np.searchsorted(due, owed, side="right")  # replay rows drawn up to and including each new row
     first, here = (after[epoch * count - 1] if epoch else 0), after[epoch * count :]
     rows = np.insert(
         order,
         np.repeat(np.arange(1, count + 1), np.diff(here, prepend=first)),
-        count + draws[first : here[-1]],
+        count + drawn[first : here[-1]],
     )
-    for number, begin in enumerate(range(0, len(rows), window)):
+    return shuffled(rows, count, window, seed, epoch)
+
+
+def shuffled(rows: np.ndarray, count: int, window: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """Rows shuffled within windows that hold replay rows (`count` and above)."""
+    rows = rows.copy()
+    for number, begin in enumerate(range(0, len(rows), window) if window > 1 else ()):
         part = rows[begin : begin + window]
         if (part >= count).any():
             rows[begin : begin + window] = np.random.default_rng([seed, epoch, number, _WINDOW]).permutation(part)

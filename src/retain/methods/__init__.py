@@ -28,6 +28,8 @@ _SUPPORT = {
     "base",
     "context",
     "distilling",
+    "gathering",
+    "paced",
     "prioritised",
     "pulling",
     "remembering",

@@ -24,11 +24,11 @@ from accelerate import PartialState
 from pydantic import Field
 
 from retain.data.buffer import Buffer
+from retain.data.replay_sources import joined
 from retain.errors import ConfigError
 from retain.functional.projection import without_conflict
 from retain.methods.base import Method, Strength
 from retain.methods.context import Run, answer_loss
-from retain.methods.replay import joined
 from retain.models import params, passes
 
 

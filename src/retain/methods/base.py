@@ -6,6 +6,7 @@ its loaders or another method: it returns values, and the trainer scales and com
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -315,6 +316,17 @@ def validated(schema: type[BaseModel], options: dict[str, Any], where: str) -> A
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(unknown(where, key, schema.model_fields)) from None
+            *parents, name = (str(part) for part in first["loc"])
+            raise ConfigError(unknown(".".join([where, *parents]), name, _fields(schema, parents))) from None
         setting = f"{where}.{key}" if key else where  # of several settings together
         raise ConfigError(f"{setting}: {first['msg']} (given: {first['input']!r}).") from None
+
+
+def _fields(schema: Any, parents: list[str]) -> list[str]:
+    """The settings that are allowed inside a setting, such as those of an entry of a list."""
+    for part in parents:
+        if not part.isdigit():
+            schema = schema.model_fields[part].annotation
+        while typing.get_args(schema):
+            schema = typing.get_args(schema)[0]
+    return list(schema.model_fields)

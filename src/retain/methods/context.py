@@ -30,7 +30,7 @@ class Batch:
     """One micro-batch with the student's hidden states.
 
     Shapes: `labels` [B, T] with −100 where nothing is learned; `hidden` [B, T, H] with gradient; `source` [B],
-    0 for new rows and 1 for replayed ones.
+    0 for new rows and above 0 for replayed ones: the number of their source in `Run.replay_sources`, from 1.
     """
 
     inputs: dict[str, Any]  # what the model is called with, without labels
@@ -103,7 +103,7 @@ class Tokens:
     """The supervised tokens of one micro-batch, in reading order, as the model predicts them now.
 
     Shapes: `labels` [N]; `hidden` [N, H], of the positions that predict them, without gradient; `rows` [N], the row
-    of the micro-batch each stands in; `source` [N], 0 for new rows and 1 for replayed ones.
+    of the micro-batch each stands in; `source` [N], 0 for new rows and above 0 for replayed ones.
     """
 
     batch: Batch
@@ -149,6 +149,7 @@ class Run:
     learning_rate: float = 0.0
     has_replay: bool = False  # replay rows are in the mixture
     replay: Any = None  # those rows, tokenised
+    replay_sources: tuple[str, ...] = ()  # names of where they are from; `batch.source` counts these from 1
     start: params.Tensors = field(default_factory=dict)  # trainable weights when the task began
     log: Callable[[str, float], None] = lambda name, value: None
     logging_now: bool = True  # whether this step's values are written

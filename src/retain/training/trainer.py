@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,14 @@ from trl.trainer import utils as trl_utils
 
 from retain.data.mixture import Mixture, MixtureSampler
 from retain.errors import ConfigError, ModelError, TrainingDiverged
+from retain.functional.sources import Sources
 from retain.functional.tiled_head import Head, log_probs
 from retain.methods.base import Method, Stack
 from retain.methods.context import Batch, Draws, Run, StepBatch, Tokens
 from retain.models import params
 from retain.models.load import load_model
 from retain.training import checkpoint, guards
-from retain.training.rows import SourceCollator, interleaved, length, supervised
+from retain.training.rows import SourceCollator, interleaved, length, realised, supervised
 from retain.training.terms import Terms
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class ContinualMixin(_Host):
         run.model = self.model
         run.optimizer = str(getattr(self.args, "optim", "adamw"))
         self._mixture: Mixture | None = None
+        self._sampler: MixtureSampler | None = None
         self._with_loss = [m.name for m in self.stack.methods if type(m).batch_loss is not Method.batch_loss]
         self._weighed = any(m.weighs_tokens for m in self.stack.methods)
         self._repeated = any(m.repeats_batches for m in self.stack.methods)
@@ -131,23 +134,28 @@ class ContinualMixin(_Host):
         replay = self._tokenised(mixture.replay)
         if len(replay) == 0:
             raise ConfigError("methods.replay: no replay row is left after tokenising. Raise `train.max_length`.")
+        sources = mixture.sources or Sources(("old",), np.zeros(len(replay), np.int64), (1.0,))
+        assert len(sources.origin) == len(replay), "rows of several sources must come tokenised"
         fraction = mixture.fraction or (lambda progress: 0.0)
+        mixture = replace(mixture, replay=replay, fraction=fraction, sources=sources)
+        self.run.replay_sources = sources.names
         if not hasattr(mixture.new, "__len__"):
-            self.train_dataset = interleaved(mixture.new, replay, fraction, self.run.seed)
+            self.train_dataset = interleaved(mixture, self.run.seed)
         else:
             from datasets import concatenate_datasets
 
             keep = [c for c in mixture.new.column_names if c in replay.column_names]
+            numbers = ([0] * len(mixture.new), (sources.origin + 1).tolist())
             parts = [
-                part.select_columns(keep).add_column("source", [origin] * len(part))
-                for origin, part in enumerate((mixture.new, replay))
+                part.select_columns(keep).add_column("source", column)
+                for part, column in zip((mixture.new, replay), numbers, strict=True)
             ]
             if mixture.choose is not None:
                 if self.args.dataloader_drop_last:
                     raise ConfigError("train.dataloader_drop_last: not with `replay.priority`. Remove one of them.")
-                numbers = ([-1] * len(parts[0]), list(range(len(parts[1]))))
-                parts = [part.add_column("number", number) for part, number in zip(parts, numbers)]
-            self._mixture = Mixture(parts[0], parts[1], fraction, mixture.by, mixture.choose)
+                places = ([-1] * len(parts[0]), list(range(len(parts[1]))))
+                parts = [part.add_column("number", place) for part, place in zip(parts, places)]
+            self._mixture = replace(mixture, new=parts[0], replay=parts[1])
             self.train_dataset = concatenate_datasets(parts)
         self.data_collator = SourceCollator(self.data_collator)
         self.run.has_replay, self.run.replay = True, replay
@@ -163,21 +171,21 @@ class ContinualMixin(_Host):
         if mixture is None or mixture.fraction is None:
             return super()._get_train_sampler(train_dataset)
         window = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return MixtureSampler(
+        self._sampler = MixtureSampler(
             supervised(mixture.new, mixture.by),
             supervised(mixture.replay, mixture.by),
             mixture.fraction,
             mixture.by,
             window,
-            epochs=self._planned_epochs(len(mixture.new), window),
+            epochs=args.num_train_epochs,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             choose=mixture.choose,
+            steps=args.max_steps,
+            sources=mixture.sources,
+            every=mixture.every,
+            spread=mixture.spread,
         )
-
-    def _planned_epochs(self, rows: int, window: int) -> int:
-        if self.args.max_steps > 0:
-            return max(1, round(self.args.max_steps * window / max(rows, 1)))
-        return max(1, int(np.ceil(self.args.num_train_epochs)))
+        return self._sampler
 
     def _batches(self, rows: Any, size: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         """Tokenised, collated batches of rows on the training device: (inputs, labels)."""
@@ -221,6 +229,8 @@ class ContinualMixin(_Host):
         # what was drawn before (an adapter, self-written rows) must not change dropout in a run that is continued
         set_seed(self.args.seed)
         result = super().train(str(found) if found else None, *rest, **kwargs)
+        if self._mixture is not None:
+            self.run.say(f"replay: {realised(self.replayed(), sum(self.rows_seen()))}.")
         with self.accelerator.autocast():
             self.stack.on_task_end(self.model, self.run)
         self.accelerator.wait_for_everyone()
@@ -238,6 +248,10 @@ class ContinualMixin(_Host):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         source, number = inputs.pop("source", None), inputs.pop("number", None)
+        if source is not None and self.model.training and self.is_in_train:
+            for origin, name in enumerate(self.run.replay_sources, 1):
+                share = (source == origin).float().mean()
+                self.terms.add(f"replay/{name}", share / self.current_gradient_accumulation_steps)
         own = self._with_loss or self._weighed or self._repeated
         if not (own and self.model.training and self.is_in_train):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
@@ -347,14 +361,22 @@ class ContinualMixin(_Host):
             return min(
                 steps * window, int(np.ceil(self.state.epoch or 0)) * length(self.train_dataset, steps * window)
             ), 0
-        new, seen, epoch = 0, 0, 0
-        sampler = self._get_train_sampler()
-        while steps > 0:
-            rows = sampler.plan(epoch)
-            used = rows[: steps * window]
-            new, seen = new + int((used < len(self._mixture.new)).sum()), seen + len(used)
-            steps, epoch = steps - int(np.ceil(len(rows) / window)), epoch + 1
-        return new, seen - new
+        replayed = sum(self.replayed().values())
+        return len(self._shown()) - replayed, replayed
+
+    def replayed(self) -> dict[str, int]:
+        """Rows that were replayed, by source, over all ranks; none for a stream, whose log has the shares."""
+        if self._mixture is None or self._mixture.sources is None:
+            return {}
+        shown, sources = self._shown() - len(self._mixture.new), self._mixture.sources
+        if self._mixture.choose is not None:  # chosen late: the log has the shares of the sources
+            return {"replay": int((shown >= 0).sum())}
+        counts = np.bincount(sources.origin[shown[shown >= 0]], minlength=len(sources.names))
+        return dict(zip(sources.names, counts.tolist()))
+
+    def _shown(self) -> np.ndarray:
+        """Row numbers of the mixture, in the order in which they were shown."""
+        return (self._sampler or self._get_train_sampler()).shown(self.state.global_step)
 
     def release(self) -> None:
         """Take the host's wrappers off the model: autocast around `forward`, and TRL's fused head."""

@@ -1,5 +1,6 @@
 """Train the tiny model with several methods, alone or under torchrun. Arguments: output folder, rows per device."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,17 @@ CASES = {
     "on_policy": [{"replay": {"fraction": 0.25, "rows": 6, "source": "on_policy", "max_tokens": 24}}],
     "priority": [{"replay": {"fraction": 0.25, "priority": "forgetting", "measure_every": 1, "correction": 0.4}}],
     "key_layers": [{"key_layers": {"share": 0.5}}, {"replay": {"fraction": 0.25}}],
+    "sources": [
+        {
+            "replay": {
+                "fraction": 0.25,
+                "every": 2,
+                "spread": 0.5,
+                "temperature": 2,
+                "sources": ["old", {"data": "general.jsonl", "weight": 2}],
+            }
+        }
+    ],
     "stages": [{"replay": {"fraction": 0.25}}, {"ewc": {"samples": 8}}, {"lora": {"r": 2}}],
 }
 #: Cases that also estimate, or record, the importance of their own task.
@@ -37,6 +49,10 @@ REMEMBER = ("stages", "mas", "si")
 
 def main(folder: Path, batch: int) -> None:
     os.environ["RETAIN_CACHE"] = str(folder / "cache")  # no importance from a training on one process
+    os.chdir(folder)
+    with PartialState().main_process_first():
+        lines = [json.dumps({"prompt": f"question {900 + i}", "response": "seven ships"}) for i in range(6)]
+        Path("general.jsonl").write_text("\n".join(lines))
     for name, methods in CASES.items():
         place = folder / name
         run = Run(place, say=lambda line: None, shared=place / "shared", new_rows=ROWS if name in REMEMBER else None)
