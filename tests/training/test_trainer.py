@@ -71,14 +71,15 @@ def test_pulls_are_applied_once_per_optimizer_step(tmp_path, monkeypatch, parts)
     calls, when = [], []
     inner = Pull.add_gradients
 
-    def counted(self, strength):
+    def counted(self, strength, value=False):
         calls.append(strength)
         when.append(made.accelerator.sync_gradients)
         before = [p.grad.clone() for p in self.dense]
-        inner(self, strength)
+        found = inner(self, strength, value)
         for i, parameter in enumerate(self.dense):
             expected = before[i] + strength * (parameter.detach() - self._anchors[i])
             assert torch.allclose(parameter.grad, expected, atol=1e-6)
+        return found
 
     monkeypatch.setattr(Pull, "add_gradients", counted)
     made = trainer(build([{"l2sp": {"strength": 0.5}}]), tmp_path, steps=3, batch=2, gradient_accumulation_steps=parts)
@@ -92,12 +93,13 @@ def test_pulls_come_before_clipping(tmp_path, monkeypatch):
     norms = []
     inner = Pull.add_gradients
 
-    def spy(self, strength):
+    def spy(self, strength, value=False):
         with torch.no_grad():
             for parameter in self.dense:
                 parameter.grad.add_(1.0)  # stands for a large pull
-        inner(self, strength)
+        found = inner(self, strength, value)
         norms.append(float(torch.stack([p.grad.norm() for p in self.dense]).norm()))
+        return found
 
     monkeypatch.setattr(Pull, "add_gradients", spy)
     made = train(build(["l2sp"]), tmp_path, steps=2, max_grad_norm=1.0)

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
-from training_kit import rows, stored, trainer
+from training_kit import other_rows, rows, stored, trainer
 
 from retain.methods import build
 from retain.methods.context import Run
@@ -61,7 +61,8 @@ def main(folder: Path, batch: int) -> None:
             place,
             tiny_model(tiny_tokenizer()).double(),
             train_rows=ROWS,
-            old=None if name == "self" else rows(12, 100),
+            # A-GEM acts only where the new rows work against the old ones
+            old=None if name == "self" else other_rows() if name == "agem" else rows(12, 100),
             steps=4,
             batch=batch,
             run=run,
