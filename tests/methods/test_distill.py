@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from families import FAMILIES, family_model, take_steps, token_batch
 from run_kit import settings, workshop
 from tiny import tiny_model, tiny_tokenizer
-from training_kit import Killed, StopAt, distance, merged, other_rows, same_bits, stored, train, trainer
+from training_kit import Killed, StopAt, distance, merged, other_rows, rows, same_bits, stored, train, trainer
 
 from retain.config import parse
 from retain.errors import ConfigError, DataError
@@ -473,3 +473,16 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
         run_all(parse(settings(shop, tmp_path / "run", methods=[{"distill": asked}])), say=lambda line: None)
     assert not (tmp_path / "run").exists()
     Distill(**Distill(teacher="ema").config.model_dump())
+
+
+def test_many_parts_of_the_first_step_are_no_teacher_that_equals_the_student(tmp_path):
+    """They come before anything has moved, so there the two are rightly equal."""
+    settings_ = {"batch": 1, "gradient_accumulation_steps": 10, "steps": 2, "train_rows": rows(40)}
+    made = train([Distill(rows="all")], tmp_path, **settings_)
+    assert made.state.global_step == 2
+
+
+def test_a_teacher_that_never_differs_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Distill, "compare", lambda self, student, head, past, labels: student.sum(-1) * 0.0)
+    with pytest.raises(ConfigError, match="after 8 steps the teacher still equals the student"):
+        train([Distill(rows="all")], tmp_path, steps=12, train_rows=rows(48))

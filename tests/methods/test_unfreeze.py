@@ -212,3 +212,11 @@ def test_a_rate_and_a_learning_rate_are_one_too_many():
     with pytest.raises(ConfigError, match="`learning_rate` the rate itself; set one") as caught:
         Unfreeze(stages=[{"rate": 0.1, "learning_rate": 5e-6}])
     assert "\n" not in str(caught.value)
+
+
+def test_other_methods_and_the_log_see_the_rate_itself(tmp_path):
+    """Whatever group of parameters comes first, at whatever factor."""
+    made = train([Unfreeze(groups=2, decay=2.6, every=0.0)], tmp_path, steps=2, lr_scheduler_type="constant")
+    assert made.run.learning_rate == pytest.approx(1e-2)
+    logged = [line["learning_rate"] for line in made.state.log_history if "learning_rate" in line]
+    assert logged == pytest.approx([1e-2] * 2)

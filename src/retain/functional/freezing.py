@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 SMALLEST = 1e9  # parameters from which on there is a recommendation
-#: (parameters up to which a row holds, shares for a similarity above 0.8, from 0.5 on, and below).
+#: (parameters up to which a row holds, shares for a similarity above 0.8, from 0.5 on, and below). Models called "7B"
+#: have up to 7.7e9.
 _TABLE: tuple[tuple[float, tuple[tuple[float, float], ...]], ...] = (
-    (7e9, ((0.5, 0.6), (0.6, 0.7), (0.7, 0.8))),
+    (8e9, ((0.5, 0.6), (0.6, 0.7), (0.7, 0.8))),
     (30e9, ((0.7, 0.8), (0.8, 0.9), (0.85, 0.95))),
     (float("inf"), ((0.8, 0.9), (0.9, 0.95), (0.95, 0.99))),
 )

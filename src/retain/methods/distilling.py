@@ -27,7 +27,7 @@ class Distilling(Method):
         pass
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
-        self._seen, self._same = 0, 0
+        self._differs, self._equal = False, set[int]()  # steps in which teacher and student were equal
         self._rows = self.config.rows
         if self._rows == "auto":
             self._rows = "replay" if run.has_replay else "all"
@@ -62,11 +62,12 @@ class Distilling(Method):
 
     def _check_teacher(self, value: float, run: Run) -> None:
         """A teacher that always equals the student protects nothing, silently."""
-        if run.learning_rate > 0:
-            self._seen += 1
-            self._same += value == 0.0
-        if self._seen == 8 and self._same == 8:
+        self._differs = self._differs or value != 0
+        if self._differs or run.learning_rate <= 0:
+            return
+        self._equal.add(run.step)  # not batches: all of the first step come before anything has moved
+        if len(self._equal) > 8:
             raise ConfigError(
-                f"methods.{self.name}: after 8 batches the teacher still equals the student bit for bit; "
+                f"methods.{self.name}: after 8 steps the teacher still equals the student bit for bit; "
                 "nothing is trained or nothing is protected. Check the learning rate and what is frozen."
             )

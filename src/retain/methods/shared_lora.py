@@ -40,6 +40,7 @@ class SharedLoRA(Method):
     paper = "arXiv:2106.09685, eq. 3"
     adds_parameters = True
     edits_gradients = True
+    adds_rows = False
     conflicts = frozenset({"olora", "slao", "interpolate", "subspace", "shield", "packnet", "blocks"})
     off = {"r": 0}
 

@@ -99,6 +99,7 @@ class ContinualMixin(_Host):
         self._weighed = any(m.weighs_tokens for m in self.stack.methods)
         self._repeated = any(m.repeats_batches for m in self.stack.methods)
         self._step_begins = True  # the next micro-batch is the first of its step
+        self._first_factor = 1.0  # of the optimizer's first group, on the learning rate
         self._coverage_checked = False
         self._held: params.Tensors = {}
         if not self.accelerator.is_main_process:
@@ -323,8 +324,13 @@ class ContinualMixin(_Host):
                 for factor in dict.fromkeys(factor_of.get(p, 1.0) for p in group["params"])
                 if (chosen := [p for p in group["params"] if factor_of.get(p, 1.0) == factor])
             ]
+            self._first_factor = groups[0]["lr"] / optimizer.param_groups[0]["lr"]
             optimizer.param_groups[:] = groups
         return optimizer
+
+    def _get_learning_rate(self) -> float:
+        """The rate without the factors of methods; the host takes that of the first group of parameters."""
+        return super()._get_learning_rate() / self._first_factor
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.run.step = self.state.global_step
