@@ -11,12 +11,15 @@ from training_kit import Killed, StopAt, distance, rows, same_bits, stored, trai
 from retain.errors import ConfigError
 from retain.methods import load
 from retain.methods.base import Stack
+from retain.methods.blocks import Blocks
+from retain.methods.bottleneck import Bottleneck
 from retain.methods.context import Run
 from retain.methods.ewc import EWC
 from retain.methods.lora import LoRA
 from retain.methods.mas import MAS
 from retain.methods.si import SI
 from retain.models import importance, importance_cache, params
+from retain.models.importance import Importance
 
 FEW = {"ewc": {"samples": 4}, "mas": {"samples": 4}, "si": {}}
 ESTIMATING = ["ewc", "mas"]
@@ -161,6 +164,73 @@ def test_raw_units_are_the_mean_times_normalised_ones(name, tmp_path):
 EXACT = {"steps": 6, "adam_epsilon": 1e-3}
 
 
+@pytest.mark.parametrize("name", ESTIMATING, indirect=False)
+def test_after_two_tasks_raw_units_have_the_mean_of_a_raw_run(name, tmp_path):
+    files = {}
+    for units in ("raw", "normalised"):
+        model = None
+        for index in (1, 2):  # the pull does nothing, so that both runs end at the same weights
+            made = once(make(name, units=units, strength=1e-12), tmp_path / units, model, index)
+            model = made.model
+        files[units] = importance.read(tmp_path / units / name / "03.safetensors")
+    own = {units: mean(file.tensors) for units, file in files.items()}
+    assert own["normalised"] == pytest.approx(3.0, rel=1e-4)
+    found = importance.in_units(importance.fitting(files["normalised"], model, "here"), model, "raw", "here")
+    assert mean(found.tensors) == pytest.approx(own["raw"], rel=1e-3)
+    assert found.about["means"]["dense"] == pytest.approx(own["raw"], rel=1e-3)
+    assert files["normalised"].about["held"]["dense"] == pytest.approx(own["normalised"])
+
+
+def mean(tensors):
+    return sum(float(t.double().sum()) for t in tensors.values()) / sum(t.numel() for t in tensors.values())
+
+
+# -- later tasks that train other weights ------------------------------------------------------------------
+def test_weights_that_are_new_in_a_task_are_held_too(name, tmp_path):
+    before = [Bottleneck(reduction=4)]
+    first, said = once(make(name), tmp_path, before=before), []
+    second = once(make(name), tmp_path, first.model, 2, before=[Bottleneck(reduction=4)], say=said.append)
+    method = second.stack.methods[-1]
+    wanted = importance.shapes(second.model)
+    assert method.pull.protected == sum(p.numel() for p in params.trainable(second.model).values())
+    assert wanted.keys() <= load_file(tmp_path / name / "02.safetensors").keys(), "a resumed run finds it"
+    assert wanted.keys() <= load_file(tmp_path / name / "03.safetensors").keys()
+    (line,) = [line for line in said if "were not trained before" in line]
+    assert line.startswith(f"{name}: {len(wanted)} of {len(wanted)} tensors")
+
+
+def test_what_was_known_is_kept_beside_what_is_new(name, tmp_path):
+    first = once(make(name), tmp_path, before=[LoRA(r=2, targets=["q_proj"])])
+    old = load_file(tmp_path / name / "02.safetensors")
+    model = first.model.merge_and_unload() if hasattr(first.model, "merge_and_unload") else first.model
+    second = once(make(name), tmp_path, model, 2, before=[LoRA(r=2, targets=["q_proj", "v_proj"])])
+    method = second.stack.methods[-1]
+    held = method._importance
+    assert held.keys() == importance.shapes(second.model).keys()
+    assert old.keys() < held.keys()
+    assert same_bits({n: held[n] for n in old}, old)
+    new = {n: t for n, t in held.items() if n not in old}
+    assert all("v_proj" in n and bool(t.any()) for n, t in new.items())
+    if name == "si":
+        even = importance.even(second.model, 1.0)
+        assert same_bits(new, {n: even[n] for n in new})
+    assert len(method.pull.pairs) == len(params.lora_pairs(second.model))
+
+
+def test_where_layers_were_added_all_is_taken_anew(name, tmp_path):
+    first, said = once(make(name), tmp_path, before=[Blocks(count=1)]), []
+    old = load_file(tmp_path / name / "02.safetensors")
+    second = once(make(name), tmp_path, first.model, 2, before=[Blocks(count=1)], say=said.append)
+    held = second.stack.methods[-1]._importance
+    assert held.keys() == importance.shapes(second.model).keys()
+    assert not same_bits(held, old)
+    now = len(params.decoder_layers(second.model))
+    assert any(f"has {now} decoder layers, before {now - 1};" in line for line in said)
+    again = importance.read(tmp_path / name / "02.safetensors")
+    assert again.about["layers"] == now
+    assert same_bits(again.tensors, held)
+
+
 # -- from elsewhere ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("other", ["ewc", "mas"])
 @pytest.mark.parametrize("whole", [False, True])
@@ -262,6 +332,43 @@ def test_the_same_model_rows_and_settings_are_not_estimated_twice(name, tmp_path
     assert not again("f")[0]
 
 
+@pytest.mark.parametrize("name", ESTIMATING, indirect=False)
+@pytest.mark.parametrize("changed", ["units", "names"])
+def test_an_importance_that_was_altered_is_not_found_again(name, changed, tmp_path):
+    wanted = once(make(name), tmp_path / "a").stack.methods[0]._importance
+    file = tmp_path / "a" / name / "01.safetensors"
+    other, before = ({"units": "raw"}, []) if changed == "units" else ({}, [LoRA(r=2)])
+    once(make(name, importance=str(file), **other), tmp_path / "b", before=before, old=None)
+    assert "key" not in importance.header(tmp_path / "b" / name / "01.safetensors")
+    assert same_bits(once(make(name), tmp_path / "c").stack.methods[0]._importance, wanted)
+
+
+@pytest.mark.parametrize("name", ESTIMATING, indirect=False)
+def test_a_cached_file_of_other_names_or_units_is_not_taken(name, tmp_path):
+    wanted = once(make(name), tmp_path / "a").stack.methods[0]._importance
+    file = tmp_path / "a" / name / "01.safetensors"
+    whole = importance.read(file)
+    less = dict(list(whole.tensors.items())[1:])
+    for number, bad in enumerate((Importance(less, whole.about), Importance(less | whole.tensors, whole.about))):
+        if number:
+            bad = Importance({n: 2 * t for n, t in bad.tensors.items()}, whole.about | {"units": "raw"})
+        importance.save(bad, file)
+        importance_cache.remember(whole.about["key"], file)
+        assert same_bits(once(make(name), tmp_path / f"b{number}").stack.methods[0]._importance, wanted)
+
+
+# -- of which weights --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_are_hashed_only_where_a_later_run_can_begin_with_them(name, lora, tmp_path, monkeypatch):
+    calls = []
+    original = importance_cache.fingerprint
+    monkeypatch.setattr(importance_cache, "fingerprint", lambda model: calls.append(1) or original(model))
+    once(make(name), tmp_path, before=[LoRA(r=2)] if lora else [])
+    about = importance.header(tmp_path / name / "02.safetensors")
+    assert bool(about.get("weights")) == (name != "si" and not lora)
+    assert len(calls) == (name != "si") + bool(about.get("weights"))
+
+
 def test_runs_with_it_and_without_it_are_the_same_bits(tmp_path):
     one, other = (stored(once(EWC(samples=4), tmp_path / place).model) for place in "ab")
     assert same_bits(one, other)
@@ -310,6 +417,15 @@ def test_adam_where_there_is_no_second_moment_of_weights(tmp_path):
         train([LoRA(r=2), adam(fallback="sampled")], tmp_path / "a")
     with pytest.raises(ConfigError, match=r"methods\.ewc\.estimator: 'adam' with `optim: .*adamw_torch") as caught:
         train([adam(fallback="sampled")], tmp_path / "b", optim="sgd")
+    assert "\n" not in str(caught.value)
+
+
+def test_adam_knows_nothing_of_weights_that_are_new_in_a_task(tmp_path):
+    once(EWC(samples=4), tmp_path / "lender")
+    file = str(tmp_path / "lender" / "ewc" / "01.safetensors")
+    first = once(adam(importance=file), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"^methods\.ewc\.estimator: 'adam' knows nothing .*sampled") as caught:
+        once(adam(importance=file), tmp_path / "run", first.model, 2, before=[Bottleneck()])
     assert "\n" not in str(caught.value)
 
 

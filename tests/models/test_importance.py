@@ -28,7 +28,8 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     made = Importance({"a": torch.rand(3, 2), "b": torch.rand(4).double()}, about)
     importance.save(made, path)
     found = importance.read(path)
-    assert found.about == importance.header(path) == about
+    held = pytest.approx(sum(float(t.sum()) for t in made.tensors.values()) / 10)
+    assert found.about == importance.header(path) == about | {"held": {"dense": held}}
     assert all(torch.equal(found.tensors[n], t) for n, t in made.tensors.items())
     assert not list(tmp_path.rglob("*.part"))
     assert importance.load(path, wanted=False) is None
@@ -117,3 +118,24 @@ def test_units_there_and_back(lora):
     scaled.about.pop("means")
     with pytest.raises(ConfigError, match=r"here: .*no mean in raw units.*units: normalised"):
         importance.in_units(scaled, model, "raw", "here")
+
+
+def test_a_part_keeps_its_own_mean_in_raw_units():
+    model = family_model("llama")
+    raw = drawn(model)
+    stored = Importance({n: 3 * t for n, t in raw.items()}, {"key": "k", "means": importance.own_means(raw)})
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name)
+    part = importance.fitting(stored, model, "here")
+    again = importance.in_units(part, model, "raw", "here")
+    assert "key" not in part.about
+    for n, t in again.tensors.items():
+        torch.testing.assert_close(t, raw[n])
+    assert again.about["means"] == pytest.approx(again.about["held"])
+
+
+def test_of_another_number_of_layers_names_are_of_other_weights():
+    model = family_model("llama")
+    with pytest.raises(ConfigError, match=r"^here: it is of a model with 99 decoder layers") as caught:
+        importance.fitting(Importance(drawn(model), {"layers": 99}), model, "here")
+    assert "\n" not in str(caught.value)

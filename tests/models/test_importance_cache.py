@@ -102,6 +102,15 @@ def test_of_a_directory_the_file_made_on_these_weights(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_of_files_that_do_not_say_of_which_weights_one_must_be_named(tmp_path):
+    model = family_model("llama")
+    for place in ("ewc/02", "ewc/03", "si/02"):
+        importance.save(Importance({"a": torch.ones(1)}, {"method": place[:3]}), tmp_path / f"{place}.safetensors")
+    with pytest.raises(ConfigError, match=r"^here: .*Name the file .*importance: .*ewc/03\.safetensors") as caught:
+        given(str(tmp_path), model, "ewc", "here")
+    assert "\n" not in str(caught.value)
+
+
 def test_keys_hash_bytes_not_values_that_look_alike():
     model = family_model("llama")
     labels = torch.tensor([[1, 2]])

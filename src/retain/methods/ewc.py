@@ -104,6 +104,11 @@ class EWC(Estimating, Method):
         pairs = params.lora_pairs(model)
         dense = params.outside_lora(model)
         estimator = self.config.fallback if self.config.estimator == "adam" else self.config.estimator
+        if estimator == "none":
+            raise ConfigError(
+                "methods.ewc.estimator: 'adam' knows nothing of weights that no earlier task trained, and some are "
+                "trained now. Use `estimator: sampled`."
+            )
         found: params.Tensors = {}
         if dense:
             estimate = self.scaled(self._accumulate(model, run, rows, dense, estimator), "dense")

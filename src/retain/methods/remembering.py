@@ -32,11 +32,17 @@ class Remembering(Pulling):
         """Take the importance before the first task from this file, or from the directory of a run that began with
         the same model."""
 
+    finds_again: ClassVar[bool] = True  # a file says of which weights it is, so that a run's directory is enough
+
     _importance: params.Tensors
 
     def first(self, model: Any, run: Run) -> Importance:
         """F before the first task."""
         raise NotImplementedError
+
+    def unknown(self, model: Any, run: Run) -> Importance:
+        """F of what no earlier task trained; it may hold more."""
+        return self.first(model, run)
 
     def learned(self, model: Any, run: Run) -> Importance | None:
         """F of the task that ended, of mean 1; None where there is nothing to estimate it on."""
@@ -71,6 +77,8 @@ class Remembering(Pulling):
             PartialState().wait_for_everyone()  # all have read before one writes
             if self.keeps_first or self.config.importance is not None:
                 importance.save(known, path)
+        else:
+            known = self._completed(known, model, run, path)
         self._about, self._importance = known.about, known.tensors
         self.hold(model, run, known.tensors)
 
@@ -82,16 +90,53 @@ class Remembering(Pulling):
             return
         decay = self.config.decay
         total = importance.added(self._importance, learned.tensors, decay)
-        old, new = self._about.get("means", {}), learned.about.get("means", {})
-        means = {group: decay * old.get(group, 0.0) + mean for group, mean in new.items()}
-        tasks = self._about.get("tasks", 0) + 1
-        about = learned.about | {"means": means, "tasks": tasks, "weights": importance_cache.fingerprint(model)}
+        parts = [(Importance(self._importance, self._about), decay), (learned, 1.0)]
+        about = learned.about | {"means": importance.raw_means(parts, total), "tasks": self._about.get("tasks", 0) + 1}
+        # adapters are merged or left behind after this, so that no later model has these weights
+        if self.finds_again and PartialState().is_main_process and not params.lora_pairs(model):
+            about["weights"] = importance_cache.fingerprint(model)
         importance.save(Importance(total, about), self._file(run, run.task_index + 1))
+
+    def _completed(self, known: Importance, model: Any, run: Run, path: Path) -> Importance:
+        """F from the tasks before, with what is trained now and was not then; written, as a resumed run needs it.
+
+        Where the number of decoder layers changed, names stand for other weights, and all of it is made anew.
+        """
+        layers, now = known.about.get("layers"), len(params.decoder_layers(model))
+        anew = layers not in (None, now)
+        wanted, tensors = importance.shapes(model), importance.summed(known.tensors, model)
+        missing = [n for n, shape in wanted.items() if n not in tensors or tuple(tensors[n].shape) != shape]
+        if not anew and not missing:
+            return Importance(tensors, known.about)
+        fresh = self.unknown(model, run)
+        if anew:
+            run.say(
+                f"{self.name}: the model has {now} decoder layers, before {layers}; weights have other names, so the "
+                "importance of all of them is taken anew."
+            )
+            whole = fresh
+        else:
+            run.say(
+                f"{self.name}: {len(missing)} of {len(wanted)} tensors were not trained before; their importance is "
+                "new, that of the others is kept."
+            )
+            gone = set(missing)
+            kept = Importance({n: t for n, t in tensors.items() if n not in gone}, importance.with_held(known))
+            added = Importance({n: fresh.tensors[n] for n in missing}, importance.with_held(fresh))
+            total = kept.tensors | added.tensors
+            means = importance.raw_means([(kept, 1.0), (added, 1.0)], total)
+            about = {key: value for key, value in known.about.items() if key not in ("key", "held")}
+            whole = Importance(total, about | {"means": means, "layers": now})
+        PartialState().wait_for_everyone()  # all have read before one writes
+        importance.save(whole, path)
+        return whole
 
     def about(self, model: Any, **more: Any) -> dict[str, Any]:
         """What the header of a file says."""
         name = getattr(params.causal(model).config, "_name_or_path", "")
-        return {"method": self.name, "model": name, "units": getattr(self.config, "units", "normalised")} | more
+        units = getattr(self.config, "units", "normalised")
+        layers = len(params.decoder_layers(model))
+        return {"method": self.name, "model": name, "units": units, "layers": layers} | more
 
     def _file(self, run: Run, index: int) -> Path:
         """The importance that holds during task `index`."""
@@ -129,10 +174,11 @@ class Estimating(Remembering):
             weights = importance_cache.fingerprint(model)
             key = importance_cache.key(model, weights, run.batches(rows, 16), settings)
             path = importance_cache.find(key)
+            cached = None if path is None else importance.read(path)
             PartialState().wait_for_everyone()  # all have looked before one writes
-            if path is not None:
+            if cached is not None and self._is_whole(cached, model):
                 run.say(f"{self.name}: same model, old rows and settings as before; importance taken from {path}.")
-                return importance.read(path)
+                return cached
         found = Importance(self.importance(model, run, rows), {})
         found.about = self._described(model, len(rows), key=key, weights=weights, tasks=0)
         return found
@@ -150,6 +196,11 @@ class Estimating(Remembering):
         key = self._about.get("key")
         if key and PartialState().is_main_process and run.task_index == 1:
             importance_cache.remember(key, self._file(run, 1))
+
+    def _is_whole(self, cached: Importance, model: Any) -> bool:
+        """Whether a cached importance is of exactly what is trained, in the units of this method."""
+        sizes = {name: tuple(tensor.shape) for name, tensor in cached.tensors.items()}
+        return sizes == importance.shapes(model) and cached.about.get("units") == self.config.units
 
     def scaled(self, found: fisher.Importance, group: str) -> fisher.Importance:
         """F of "dense" or "adapted" weights in the chosen units; its mean and origin are kept for the header."""

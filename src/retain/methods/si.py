@@ -44,6 +44,7 @@ class SI(Remembering, Method):
     family = "weights"
     paper = "arXiv:1703.04200, eq. 3 to 5"
     keeps_first = False
+    finds_again = False
     _drops: params.Tensors  # ω by parameter name, and by row and column of adapted layers
 
     class Config(Remembering.Config):
@@ -60,7 +61,10 @@ class SI(Remembering, Method):
     def first(self, model: Any, run: Run) -> Importance:
         if not self.config.prior:
             run.say("si: nothing is held during the first task (prior: 0); it is only recorded.")
-        return Importance(importance.even(model, self.config.prior))
+        return self.unknown(model, run)
+
+    def unknown(self, model: Any, run: Run) -> Importance:
+        return Importance(importance.even(model, self.config.prior), self.about(model, estimator="prior", rows=0))
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         super().on_task_start(model, run)

@@ -23,8 +23,10 @@ from retain.models import params
 from retain.models.pull import product_keys
 
 #: What a header says: method, estimator, name and content of the model, rows that were read, units ("normalised" or
-#: "raw"), mean in raw units of ordinary and of adapted weights, tasks that were added, key of the cache.
-ABOUT = ("method", "estimator", "model", "weights", "rows", "units", "means", "tasks", "key")
+#: "raw"), mean of F over the file's ordinary and over its adapted weights in raw units (`means`) and as the file holds
+#: it (`held`: 1 or more where normalised, as tasks add up), tasks that were added, number of decoder layers, key of
+#: the cache (only where the content is what that key stands for).
+ABOUT = ("method", "estimator", "model", "weights", "rows", "units", "means", "held", "tasks", "layers", "key")
 
 
 @dataclass
@@ -41,7 +43,8 @@ def save(importance: Importance, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
         tensors = {name: params.local(t).detach().cpu().contiguous() for name, t in importance.tensors.items()}
-        save_file(tensors, partial, {"retain": json.dumps(importance.about)})
+        about = importance.about | {"held": own_means(tensors)}
+        save_file(tensors, partial, {"retain": json.dumps(about)})
         partial.replace(path)
 
 
@@ -82,6 +85,76 @@ def added(one: params.Tensors, other: params.Tensors, decay: float = 1.0) -> par
     return total | {name: kept[name].to(other[name].device) + other[name] for name in kept.keys() & other.keys()}
 
 
+def own_means(tensors: params.Tensors) -> dict[str, float]:
+    """Mean of F over the ordinary ("dense") and over the adapted weights, as the tensors hold it."""
+    return {group: total / count for group, (total, count) in _sums(tensors).items()}
+
+
+def raw_means(parts: list[tuple[Importance, float]], total: params.Tensors) -> dict[str, float]:
+    """Means in raw units of a total of parts, each times its factor; without a group that a part knows nothing of."""
+    found: dict[str, float] = {}
+    unknown = set()
+    for part, factor in parts:
+        for group, (own, _) in _sums(part.tensors).items() if factor else ():
+            scale = _to_raw(part, group)
+            if scale is None:
+                unknown.add(group)
+            else:
+                found[group] = found.get(group, 0.0) + factor * scale * own
+    counts = {group: count for group, (_, count) in _sums(total).items()}
+    return {group: value / counts[group] for group, value in found.items() if group not in unknown}
+
+
+def _to_raw(found: Importance, group: str) -> float | None:
+    """By what F must be multiplied to be in raw units, None if unknown; adapted weights may stem from ordinary ones."""
+    if found.about.get("units", "normalised") == "raw":
+        return 1.0
+    means, held = found.about.get("means", {}), found.about.get("held") or own_means(found.tensors)
+    known = next((g for g in (group, "dense") if means.get(g) and held.get(g)), None)
+    return None if known is None else means[known] / held[known]
+
+
+def _sums(tensors: params.Tensors) -> dict[str, tuple[float, int]]:
+    """Total of F and number of weights, of ordinary and of adapted weights, where there are any."""
+    found: dict[str, tuple[float, int]] = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        rows, columns = product_keys(layer)
+        if kind in ("rows", "columns") and rows in tensors and columns in tensors:
+            if kind == "columns":
+                continue
+            group, count = "adapted", len(tensor) * len(tensors[columns])
+        else:
+            group, count = "dense", tensor.numel()
+        total, counted = found.get(group, (0.0, 0))
+        found[group] = total + float(params.local(tensor).sum(dtype=torch.float64)), counted + count
+    return found
+
+
+def with_held(found: Importance) -> dict[str, Any]:
+    """The header with the means as the tensors hold them, which a part of the tensors must be read by."""
+    return found.about | {"held": found.about.get("held") or own_means(found.tensors)}
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """What an importance of all that a model trains holds: shapes by name."""
+    found = {name: tuple(p.shape) for name, p in params.outside_lora(model).items()}
+    for name, pair in params.lora_pairs(model).items():
+        found |= dict(zip(product_keys(name), ((pair.B.shape[0],), (pair.A.shape[1],))))
+    return found
+
+
+def summed(tensors: params.Tensors, model: Any) -> params.Tensors:
+    """With the row and column sums of every whole weight that lies under an adapter and has none."""
+    found = dict(tensors)
+    for name, pair in params.lora_pairs(model).items():
+        keys, whole = product_keys(name), f"{name}.weight"
+        if keys[0] not in found and whole in found and found[whole].dim() == 2:
+            sums = found[whole].sum(1), found[whole].sum(0)
+            found |= dict(zip(keys, sums[::-1] if pair.transposed else sums))
+    return found
+
+
 def even(model: torch.nn.Module, value: float) -> params.Tensors:
     """The same importance for every trainable weight, and for every weight of an adapted layer."""
     found = {
@@ -100,17 +173,17 @@ def fitting(found: Importance, model: Any, where: str) -> Importance:
     """The part of an importance that this model trains; of a whole weight under an adapter its row and column sums.
 
     Raises:
-        ConfigError: something that is trained has no importance, or one of another shape.
+        ConfigError: something that is trained has no importance, or one of another shape; or the model has another
+            number of decoder layers, so that the same name is another weight.
     """
-    shapes = {name: tuple(p.shape) for name, p in params.outside_lora(model).items()}
-    tensors = dict(found.tensors)
-    for name, pair in params.lora_pairs(model).items():
-        keys, whole = product_keys(name), f"{name}.weight"
-        shapes |= {keys[0]: (pair.B.shape[0],), keys[1]: (pair.A.shape[1],)}
-        if keys[0] not in tensors and whole in tensors and tensors[whole].dim() == 2:
-            sums = tensors[whole].sum(1), tensors[whole].sum(0)
-            tensors |= dict(zip(keys, sums[::-1] if pair.transposed else sums))
-    for name, shape in shapes.items():
+    layers, now = found.about.get("layers"), len(params.decoder_layers(model))
+    if layers not in (None, now):
+        raise ConfigError(
+            f"{where}: it is of a model with {layers} decoder layers, this one has {now}. Give an importance of this "
+            "model, or remove the setting."
+        )
+    wanted, tensors = shapes(model), summed(found.tensors, model)
+    for name, shape in wanted.items():
         if name not in tensors:
             raise ConfigError(
                 f"{where}: nothing about '{name}', which is trained; it holds {len(found.tensors)} tensors such as "
@@ -121,11 +194,18 @@ def fitting(found: Importance, model: Any, where: str) -> Importance:
                 f"{where}: '{name}' has the shape {tuple(tensors[name].shape)}, in the model {shape}. Give an "
                 "importance of this model, or remove the setting."
             )
-    return Importance({name: tensors[name] for name in shapes}, found.about)
+    part = {name: tensors[name] for name in wanted}
+    about = {key: value for key, value in found.about.items() if key != "key"}  # it is of the whole file
+    if "means" in about:
+        about["means"] = raw_means([(Importance(part, with_held(found)), 1.0)], part)
+    return Importance(part, about | {"held": own_means(part)})
 
 
 def in_units(found: Importance, model: Any, units: str, where: str) -> Importance:
     """The same in "normalised" or "raw" units: of a mean of 1, or of the mean that the header remembers.
+
+    After several tasks each part had its own mean, so the raw form has the mean of what a raw run adds up, but weighs
+    the tasks as the normalised form did.
 
     Raises:
         ConfigError: raw units are wanted, and the header says nothing about the mean.
@@ -134,20 +214,22 @@ def in_units(found: Importance, model: Any, units: str, where: str) -> Importanc
     if have == units:
         return found
     groups = {"dense": list(params.outside_lora(model)), "adapted": list(params.lora_pairs(model))}
-    tensors, means = dict(found.tensors), dict(found.about.get("means", {}))
+    tensors = dict(found.tensors)
     for group, names in groups.items():
         if not names:
             continue
         if units == "raw":
-            factor = means.get(group, means.get("dense"))
-            if factor is None:
+            scale = _to_raw(found, group)
+            if scale is None:
                 raise ConfigError(f"{where}: its header says no mean in raw units. Set `units: normalised`.")
+            factor = scale
         else:
             factor = 1 / _mean(tensors, model, group)
         for name in names:
             for key in product_keys(name) if group == "adapted" else (name,):
                 tensors[key] = tensors[key] * factor
-    return Importance(tensors, found.about | {"units": units})
+    about = {key: value for key, value in found.about.items() if key != "key"}  # it is of the other units
+    return Importance(tensors, about | {"units": units, "held": own_means(tensors)})
 
 
 def _mean(tensors: params.Tensors, model: Any, group: str) -> float:

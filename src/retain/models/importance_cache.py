@@ -20,7 +20,7 @@ from retain.errors import ConfigError
 from retain.models import importance, params
 from retain.models.starter import cache_directory
 
-FORM = 1  # of what is estimated; a change of an estimator's numbers makes old keys stale
+FORM = 2  # of what is estimated; a change of an estimator's numbers makes old keys stale
 
 
 def fingerprint(model: Any) -> str:
@@ -96,7 +96,15 @@ def given(place: str, model: Any, method: str, where: str) -> Path:
     for file in files:
         if weights and importance.header(file).get("weights") == weights:
             return file
-    held = f"holds {', '.join(str(f.relative_to(path)) for f in files)}, of other weights" if files else "holds none"
+    names = [str(file.relative_to(path)) for file in files]
+    silent = [name for name, file in zip(names, files) if not importance.header(file).get("weights")]
+    if silent:
+        mine = [name for name in silent if Path(name).parent.name == method] or silent
+        raise ConfigError(
+            f"{where}: '{place}' holds {', '.join(silent)}, which do not say of which weights they are (of adapters "
+            f"or si). Name the file that you mean: `importance: {path / mine[-1]}`."
+        )
+    held = f"holds {', '.join(names)}, of other weights" if files else "holds none"
     raise ConfigError(
         f"{where}: '{place}' {held}. Give the directory of a run with ewc, mas or si that began with this model, or "
         "one of its files."
