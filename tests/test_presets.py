@@ -40,6 +40,8 @@ def test_on_the_command_line_and_with_overrides(tmp_path):
     made = read(path, ["methods.0.lora.r=3"], "small")
     assert made.methods[0] == {"lora": {"r": 3}}
     assert read(path, ["preset=small"]).methods == parse(TASK | {"preset": "small"}).methods
+    path.write_text(yaml.safe_dump(TASK | {"preset": "rich"}))
+    assert read(path, ["preset=small"]).methods == parse(TASK | {"preset": "small"}).methods
 
 
 def test_unknown_preset_gets_a_suggestion():

@@ -205,8 +205,10 @@ def read(path: str | Path, overrides: list[str] | None = None, preset: str | Non
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}). Save it as UTF-8 text.") from None
     if values is None or isinstance(values, dict):
-        values = (values or {}) | ({"preset": preset} if preset else {})
-        values = override(presets.filled(values), overrides or [])
+        rest = [entry for entry in overrides or [] if not entry.startswith("preset=")]
+        chosen = [entry.partition("=")[2] for entry in overrides or [] if entry.startswith("preset=")] or [preset]
+        values = (values or {}) | ({"preset": chosen[-1]} if chosen[-1] else {})
+        values = override(presets.filled(values), rest)
     return parse(values, str(path))
 
 

@@ -416,3 +416,14 @@ def test_weights_finite():
     assert not guards.weights_finite(model)
     list(model.parameters())[-1].requires_grad_(False)
     assert guards.weights_finite(model)  # only what is trained is asked
+
+
+def test_the_sampler_is_told_which_epoch_begins(tmp_path):
+    """By the trainer itself: on several processes the host's loader forgets it in the epoch of a resume."""
+    made = trainer(build([{"replay": {"fraction": 0.25}}]), tmp_path, steps=12, batch=4)
+    callback = next(c for c in made.callback_handler.callbacks if type(c).__name__ == "_AfterStep")
+    made._mix()
+    sampler = made._get_train_sampler()
+    for done, epoch in ((0.0, 0), (0.999999999, 1), (1.4, 1), (2.0, 2)):
+        callback.on_epoch_begin(made.args, SimpleNamespace(epoch=done), None)
+        assert sampler.epoch == epoch

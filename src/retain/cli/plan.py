@@ -41,6 +41,7 @@ def command(
     with out.status("reading the data, rehearsing a step …"):
         planned = plan(settings)
         tokenizer = load_tokenizer(settings.model.name, settings.model.revision, settings.model.trust_remote_code)
+        planned.stack.check_inputs(tokenizer)
         tasks = load_tasks(settings, tokenizer, planned.train.get("max_length"), notes.append)
         probes, _, _ = load_probes(settings, tasks, tokenizer, notes.append)
         found = estimate(planned, tasks, tokenizer, probes, load_old(settings))

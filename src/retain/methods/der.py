@@ -2,14 +2,13 @@
 
     L = L_new + strength · KL(p⁰ ‖ p)(x_b) + labels · CE(x_b′, y_b′)
 
-(Dark Experience Replay, Buzzega et al. 2020, arXiv:2004.07211.) p⁰ = the stored output of a row, p = that
-of the model in training; x_b and x_b′ are two independent draws of `batch_size` rows per step from one buffer, each
-term a mean over their supervised tokens. `labels: 0` is DER, otherwise it is DER++; `strength: 0` is plain replay.
-The buffer is a uniform sample of the rows trained on so far, each stored with the output of the very step that saw
-it, not with one made afterwards, and, for what the model could do before, `old` rows with its outputs at the start:
-the user's, else written by the model itself. Where no text of any row may be kept (`private: true` of a run), set
-`buffer: 0, source: self`: then rows are pseudo-samples of the model with its own outputs; `own` adds such rows after
-each task, without those that repeat something of the rows it learned.
+(Dark Experience Replay, Buzzega et al. 2020, arXiv:2004.07211.) p⁰ = the stored output of a row, p = that of the model
+in training; x_b and x_b′ are two independent draws of `batch_size` rows per step from one buffer, each term a mean
+over their supervised tokens. `labels: 0` is DER, else it is DER++. The buffer is a uniform sample of the rows trained
+on so far, each stored with the output of the very step that saw it, and, for what the model could do before, `old`
+rows with its outputs at the start: the user's, else written by the model itself. Where no text of any row may be kept
+(`private: true` of a run), set `buffer: 0, source: self`: then rows are pseudo-samples of the model with its own
+outputs; `own` adds such rows after each task, without those that repeat something of the rows it learned.
 Deviations from the paper: of an output the `top_k` likeliest tokens and one bucket for all others are kept, and a
     divergence takes the place of the squared distance of all logits (equal to the full KL for k = vocabulary).
     Rows enter after the step that saw them, and at every epoch again. Old rows are never pushed out by task rows.

@@ -87,6 +87,8 @@ class ContinualMixin(_Host):
         model = self.stack.prepare_model(model, run)
         super().__init__(model, args, *rest, **kwargs)
         run.tokenizer = run.tokenizer or getattr(self, "processing_class", None)
+        if run.shared is None:  # a pipeline asks before it begins
+            self.stack.check_inputs(run.tokenizer)
         run.log, run.batches, run.tokenise = self.terms.note, self._batches, self._tokenised
         run.moments = self._moments
         run.adam_beta2 = float(getattr(self.args, "adam_beta2", 0.999))
@@ -145,7 +147,8 @@ class ContinualMixin(_Host):
         else:
             from datasets import concatenate_datasets
 
-            keep = [c for c in mixture.new.column_names if c in replay.column_names]
+            ours = ("source", "number")
+            keep = [c for c in mixture.new.column_names if c in replay.column_names and c not in ours]
             numbers = ([0] * len(mixture.new), (sources.origin + 1).tolist())
             parts = [
                 part.select_columns(keep).add_column("source", column)
@@ -319,17 +322,18 @@ class ContinualMixin(_Host):
         if factors:
             factor_of = {p: factors.get(name, 1.0) for name, p in params.trainable(self.model).items()}
             groups = [
-                {**group, "params": chosen, "lr": group["lr"] * factor}
+                {**group, "params": chosen, "lr": group["lr"] * factor, "factor": factor}
                 for group in optimizer.param_groups
                 for factor in dict.fromkeys(factor_of.get(p, 1.0) for p in group["params"])
                 if (chosen := [p for p in group["params"] if factor_of.get(p, 1.0) == factor])
             ]
-            self._first_factor = groups[0]["lr"] / optimizer.param_groups[0]["lr"]
+            groups.sort(key=lambda group: -group["factor"])  # the host takes the rate of the first for the run's
+            self._first_factor = groups[0]["factor"] or 1.0
             optimizer.param_groups[:] = groups
         return optimizer
 
     def _get_learning_rate(self) -> float:
-        """The rate without the factors of methods; the host takes that of the first group of parameters."""
+        """The rate without the factors of methods."""
         return super()._get_learning_rate() / self._first_factor
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -419,7 +423,7 @@ class ContinualMixin(_Host):
 
 
 class _AfterStep(TrainerCallback):
-    """Calls `on_step_end` of the methods after the optimizer moved the weights."""
+    """Calls `on_step_end` of the methods after the optimizer moved the weights, and says which epoch begins."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -428,6 +432,11 @@ class _AfterStep(TrainerCallback):
         trainer = self.trainer
         if not trainer.accelerator.optimizer_step_was_skipped:
             trainer.stack.on_step_end(trainer.model, trainer.run)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # in the epoch in which several processes resume, the host's loader does not reach down to the sampler
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class ContinualTrainer(ContinualMixin, SFTTrainer):
