@@ -9,8 +9,10 @@ from training_kit import Killed, StopAt, rows, same_bits, stored, train, trainer
 from retain.config import parse
 from retain.data.buffer import Buffer
 from retain.data.mixture import MixtureSampler
+from retain.data.replay_sources import SHARED
 from retain.errors import ConfigError, DataError
-from retain.methods import build
+from retain.methods import build, gathering
+from retain.methods.agem import AGEM
 from retain.methods.base import Stack
 from retain.methods.context import Run
 from retain.methods.replay import Replay
@@ -204,7 +206,7 @@ def test_the_buffer_fills_at_the_end_of_a_task_and_feeds_the_next(tmp_path):
     first_rows, second_rows = rows(16), rows(16, 500)
     first = train([Replay(**method)], tmp_path / "a", train_rows=first_rows, old=None, run=run("a", 1, first_rows))
     assert sum(flat(first, "source")) == 0
-    kept = Buffer(tmp_path / "buffer" / "tasks", size=10)
+    kept = Buffer(tmp_path / "buffer" / "tasks-10", size=10)
     assert len(kept) == 10
     assert kept.counts("source") == {"a": 10}
     assert answers(kept.rows()) <= answers(first_rows)
@@ -217,7 +219,7 @@ def test_the_buffer_fills_at_the_end_of_a_task_and_feeds_the_next(tmp_path):
     assert replayed
     assert set(replayed) <= tokenised(second, kept.rows().select_columns(["prompt", "completion"]))
     assert not set(replayed) & tokenised(second, second_rows)
-    full = Buffer(tmp_path / "buffer" / "tasks", size=10).counts("source")
+    full = Buffer(tmp_path / "buffer" / "tasks-10", size=10).counts("source")
     assert sum(full.values()) == 10
     assert set(full) == {"a", "b"}
 
@@ -226,7 +228,7 @@ def test_a_task_is_added_to_the_buffer_once(tmp_path):
     run = Run(tmp_path / "a", task="a", shared=tmp_path, new_rows=rows(8), say=lambda line: None)
     made = train([Replay(fraction=0.25, source="none", buffer=100)], tmp_path / "a", old=None, run=run)
     made.stack.on_task_end(made.model, run)
-    assert Buffer(tmp_path / "buffer" / "tasks", size=100).counts("source") == {"a": 8}
+    assert Buffer(tmp_path / "buffer" / "tasks-100", size=100).counts("source") == {"a": 8}
 
 
 def test_settings_without_effect_are_errors(tmp_path):
@@ -316,12 +318,70 @@ def test_a_fraction_of_nothing_is_off():
         ({"sources": [{"data": "a.jsonl", "weight": 0}]}, r"sources\.0\.weight"),
         ({"sources": [{"weight": 2}]}, r"sources\.0\.data"),
         ({"every": 1}, "every"),
+        ({"source": "on_policy", "on_policy": {"check": "contians"}}, "Did you mean 'contains'"),
+        ({"source": "on_policy", "on_policy": {"check": "nowhere.at_all:x"}}, "cannot be loaded"),
+        ({"source": "self", "endpoint": {"url": "localhost:8000", "model": "m"}}, r"endpoint\.url"),
+        ({"exponent": 0.5}, "does nothing with `priority: none`"),
+        ({"priority": "custom", "function": "nowhere.at_all:x"}, "cannot be loaded"),
+        ({"priority": "loss", "by": "tokens"}, r"methods\.replay\.by"),
+        ({"rows": 9, "sources": ["a.jsonl", "tasks"]}, "rows: 9 has no effect here; add `old`"),
+        ({"rows": 9, "sources": [{"data": "old", "limit": 3}]}, "without a `limit`"),
+        ({"rows": 9, "source": "none"}, "another `source`"),
+        ({"buffer": 9, "sources": ["old"]}, "add `tasks`"),
+        ({"policy": "balanced", "buffer": 0}, "keep rows of earlier tasks"),
+        ({"policy": "balanced", "sources": ["old"]}, "keep rows of earlier tasks"),
+        ({"max_tokens": 32, "source": "old"}, "let the model write"),
+        ({"max_tokens": 32, "source": "none"}, "let the model write"),
+        ({"max_tokens": 32, "sources": ["old", "tasks"]}, "let the model write"),
+        ({"source": "none", "buffer": 0}, "keep rows"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line_before_anything_runs(settings, part):
     with pytest.raises(ConfigError, match=part) as caught:
         Replay(**settings).check()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rows": 9, "sources": ["self", "tasks"], "max_tokens": 32, "buffer": 9, "policy": "balanced"},
+        {"rows": 9, "sources": [{"data": "old", "limit": 3}, "self"]},
+        {"sources": ["old"], "buffer": 0},
+        {"rows": 9, "max_tokens": 32, "buffer": 0},
+        {"source": "on_policy", "rows": 9, "max_tokens": 32, "buffer": 0},
+    ],
+)
+def test_settings_with_an_effect_are_none_of_these(settings):
+    Replay(**settings).check()
+
+
+def test_without_a_buffer_answers_on_policy_need_old_prompts(tmp_path):
+    with pytest.raises(ConfigError, match="needs 'old'"):
+        trainer([Replay(source="on_policy", buffer=0)], tmp_path, old=None)
+
+
+@pytest.mark.parametrize("settings", [{"source": "old", "rows": 5}, {"sources": [{"data": "old", "limit": 5}]}])
+def test_a_limit_on_old_rows_is_drawn_with_the_seed(settings, tmp_path):
+    def taken(seed):
+        run = Run(tmp_path, seed=seed, old=rows(40, 200), say=lambda line: None)
+        (part,) = gathering.parts(Replay(**settings).config, run, 16, lambda: None)
+        return part.rows["completion"], part.rows["prompt"]
+
+    first = rows(40, 200).select(range(5))
+    assert len(taken(0)[1]) == 5
+    assert taken(0) == taken(0)
+    assert taken(0) != taken(1)
+    assert taken(0)[1] != first["prompt"]
+
+
+def test_a_buffer_of_another_size_than_that_of_agem_has_its_own_folder(tmp_path):
+    both = [Replay(source="none", buffer=5), AGEM(rows=4)]
+    run = Run(tmp_path / "a", task="a", shared=tmp_path, new_rows=rows(8), say=lambda line: None)
+    train(both, tmp_path / "a", steps=1, run=run)
+    kept = {name: Buffer(tmp_path / "buffer" / name, size=size) for name, size in (("tasks-5", 5), ("tasks", 10_000))}
+    assert {name: len(buffer) for name, buffer in kept.items()} == {"tasks-5": 5, "tasks": 8}
+    assert Replay().config.buffer == AGEM().config.buffer == SHARED
 
 
 # -- several sources -------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from retain.data import own_function
 from retain.data.matching import contains, exact_match, token_f1
 from retain.errors import ConfigError, unknown
 
@@ -22,29 +22,29 @@ def checker(name: str, threshold: float) -> Check:
         name: "exact" (equal after normalisation), "contains" (the stored answer is in it as whole words), "f1" (token
             F1 of at least `threshold`), or "module:function". Such a function is called with the answer, the stored
             answer and the turns of the prompt; it returns true or false, or a score that is compared with `threshold`.
+            Its module is looked for in the working folder too.
 
     Raises:
-        ConfigError: no such check, or a function that cannot be imported.
+        ConfigError: no such check, or a function that cannot be loaded; from the check itself, one that fails.
     """
     if name in _NAMED:
         same = _NAMED[name]
         return lambda answer, reference, prompt: same(answer, reference)
     if name == "f1":
         return lambda answer, reference, prompt: token_f1(answer, reference) >= threshold
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(unknown("check", name, [*NAMES, "module:function"]))
-    try:
-        own = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"check: '{name}' cannot be imported ({error}). Give module:function, with the module on PYTHONPATH."
-        ) from error
-    if not callable(own):
-        raise ConfigError(f"check: '{name}' is a {type(own).__name__}. Give a function of (answer, reference, prompt).")
+    own = own_function.load(name, "check")
 
     def passes(answer: str, reference: str, prompt: Sequence[dict[str, Any]]) -> bool:
-        found = own(answer, reference, prompt)
-        return found if isinstance(found, bool) else float(found) >= threshold
+        try:
+            found = own(answer, reference, prompt)
+            return found if isinstance(found, bool) else float(found) >= threshold
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(
+                f"check: '{name}' failed ({said}). It is given (answer, stored answer, turns of the prompt) and must "
+                "return true, false or a number."
+            ) from error
 
     return passes

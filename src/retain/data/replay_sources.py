@@ -21,6 +21,8 @@ from retain.functional.sources import Sources
 OWN = ("old", "tasks", "self", "demonstrations", "on_policy")
 #: Rows kept of a stream when no limit is given.
 STREAMED = 10_000
+#: Rows of a reservoir whose folder has no number in its name; the usual one.
+SHARED = 10_000
 
 
 class SourceConfig(BaseModel):
@@ -45,6 +47,11 @@ class SourceConfig(BaseModel):
     @classmethod
     def _string(cls, value: Any) -> Any:
         return {"data": value} if isinstance(value, str) else value
+
+
+def shared_folder(buffer: Path, size: int) -> Path:
+    """Folder of a reservoir of `size` rows of earlier tasks in the run's buffer; methods that keep as many share it."""
+    return buffer / ("tasks" if size == SHARED else f"tasks-{size}")
 
 
 @dataclass
@@ -76,14 +83,26 @@ def check_settings(config: Any) -> None:
         ConfigError: the first of them, with what to do.
     """
     listed = [source.data for source in config.sources]
+    given = config.model_fields_set
     shared = config.temperature is not None or any(source.weight for source in config.sources)
+    keeps = config.buffer and (not listed or "tasks" in listed)
+    taken = [source for source in config.sources if source.data in ("old", "self") and source.limit is None]
+    writes = "self" in listed if listed else config.source not in ("old", "none")
     idle = {
         "source": (listed and config.source != "auto", "name it among the `sources`"),
         "temperature": (config.temperature is not None and len(listed) < 2, "give two or more `sources`"),
         "spread": (config.spread and not config.every, "set `every`"),
         "priority": (config.priority != "none" and shared, "a draw by worth has no weights: remove those of `sources`"),
         "buffer": (not config.buffer and "tasks" in listed, "keep rows for the source `tasks`"),
+        "policy": ("policy" in given and not keeps, "keep rows of earlier tasks (`buffer`, `tasks` in `sources`)"),
+        "rows": ("rows" in given and listed and not taken, "add `old` or `self`, without a `limit`, to the `sources`"),
+        "max_tokens": ("max_tokens" in given and not writes, "let the model write rows, such as with `self`"),
     }
+    if "buffer" in given and config.buffer and listed and "tasks" not in listed:
+        idle["buffer"] = (True, "add `tasks` to the `sources`")
+    if config.source == "none" and not listed:
+        idle["rows"] = ("rows" in given, "choose another `source`")
+        idle["source"] = (not config.buffer, "keep rows of earlier tasks in the `buffer`")
     for key, (without_effect, advice) in idle.items():
         if without_effect:
             value = getattr(config, key)

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from pydantic import Field
 
 from retain.data.buffer import Buffer
-from retain.data.replay_sources import joined
+from retain.data.replay_sources import joined, shared_folder
 from retain.errors import ConfigError
 from retain.functional.projection import without_conflict
 from retain.methods.base import Method, Strength
@@ -47,14 +47,14 @@ class AGEM(Method):
         rows: int = Field(256, ge=1)
         """Old rows to draw from, at most; as many again of earlier tasks."""
         buffer: int = Field(10_000, ge=0)
-        """Rows of earlier tasks kept on disk, in one place with `replay`; 0 keeps none."""
+        """Rows of earlier tasks kept on disk, in one place with a `replay` that keeps as many; 0 keeps none."""
 
     def keeps_text(self, old: bool) -> str | None:
         return "keeps rows of tasks; set `buffer: 0`" if self.config.buffer else None
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         parts = [run.old_rows(model, self.config.rows)]
-        folder = run.buffer / "tasks"
+        folder = shared_folder(run.buffer, self.config.buffer)
         if self.config.buffer and folder.is_dir():
             # a run killed after this task filled the buffer must draw what it drew before
             buffer = Buffer(folder, size=self.config.buffer, seed=run.seed).before(run.task)
@@ -87,6 +87,6 @@ class AGEM(Method):
     def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
         if not self.config.buffer or run.new_rows is None or not PartialState().is_main_process:
             return
-        buffer = Buffer(run.buffer / "tasks", size=self.config.buffer, seed=run.seed)
+        buffer = Buffer(shared_folder(run.buffer, self.config.buffer), size=self.config.buffer, seed=run.seed)
         if run.task not in buffer.counts("source"):
             buffer.add(run.new_rows, run.task)

@@ -28,7 +28,7 @@ def parts(config: Any, run: Run, number: int, earlier: Callable[[], Any | None])
         if source.data == "tasks":
             return origins.some(earlier(), source.limit, run.seed)
         if source.data == "old":
-            return run.old_rows(run.model, source.limit or c.rows, given=given)
+            return origins.some(given, source.limit or c.rows, run.seed)
         if source.data == "demonstrations":
             return writing().from_demonstrations(given, number, c.demonstrations)
         if source.data == "on_policy":

@@ -17,6 +17,7 @@ from retain.data.judged import JudgedBuffer
 from retain.data.mixture import Mixture
 from retain.data.priorities import Priorities
 from retain.data.references import References
+from retain.data.replay_sources import shared_folder
 from retain.errors import ConfigError
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run, Tokens
@@ -66,17 +67,8 @@ class Prioritised(Method):
         return Worth(self.config.priority, tuple(self.config.terms), self.config.function)
 
     # -- once per task -----------------------------------------------------------------------------------
-    def check_priorities(self, data: Mixture) -> None:
-        """Refuse settings that would do nothing, or could not be kept.
-
-        Raises:
-            ConfigError: one of them.
-        """
-        c, given = self.config, self.config.model_fields_set
-
-        def refuse(name: str, why: str) -> None:
-            raise ConfigError(f"methods.{self.name}.{name}: {getattr(c, name)!r} given, but {why}.")
-
+    def check(self) -> None:
+        c, given, refuse = self.config, self.config.model_fields_set, self._refuse
         works = dict.fromkeys(("exponent", "floor", "correction"), c.priority != "none")
         works |= dict.fromkeys(("measure_every", "measure_rows"), c.priority in MEASURED)
         for name in (name for name, does in works.items() if name in given and not does):
@@ -94,12 +86,24 @@ class Prioritised(Method):
             own_function.load(c.function, f"methods.{self.name}.function")
         if c.by == "tokens":
             refuse("by", "rows are chosen late, so that only rows can be counted. Set `by: rows`, or `priority: none`")
+
+    def check_data(self, data: Mixture) -> None:
+        """Refuse a priority that these rows, or this way of training, cannot have.
+
+        Raises:
+            ConfigError: it is one of them.
+        """
+        if self.config.priority == "none":
+            return
         if not hasattr(data.new, "__len__"):
-            refuse("priority", "the new rows are a stream. Set `priority: none`")
-        if c.priority in MEASURED and AcceleratorState._shared_state:
+            self._refuse("priority", "the new rows are a stream. Set `priority: none`")
+        if self.config.priority in MEASURED and AcceleratorState._shared_state:
             kind = AcceleratorState().distributed_type
             if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-                refuse("priority", f"rows cannot be measured between steps under {kind.value}. Use DDP")
+                self._refuse("priority", f"rows cannot be measured between steps under {kind.value}. Use DDP")
+
+    def _refuse(self, name: str, why: str) -> None:
+        raise ConfigError(f"methods.{self.name}.{name}: {getattr(self.config, name)!r} given, but {why}.")
 
     def prioritised(self, data: Mixture, run: Run) -> Mixture:
         """The mixture with its replay rows chosen by priority, where that is asked for."""
@@ -152,7 +156,7 @@ class Prioritised(Method):
     def buffer_of(self, run: Run) -> Buffer:
         """The buffer of the whole run; each policy has its own folder, since others draw from the reservoir's."""
         c = self.config
-        folder = run.buffer / ("tasks" if c.policy == "reservoir" else f"tasks-{c.policy}")
+        folder = run.buffer / f"tasks-{c.policy}" if c.policy != "reservoir" else shared_folder(run.buffer, c.buffer)
         if c.policy in JudgedBuffer.policies:
             return JudgedBuffer(folder, c.buffer, c.policy, run.seed, c.clusters)
         return Buffer(folder, c.buffer, c.policy, run.seed)

@@ -41,6 +41,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from retain.data import replay_sources as origins
+from retain.data.checking import checker
 from retain.data.mixture import Mixture
 from retain.data.replay_sources import Part, SourceConfig
 from retain.errors import ConfigError
@@ -51,6 +52,7 @@ from retain.methods.context import Run
 from retain.methods.paced import Paced
 from retain.methods.prioritised import Prioritised
 from retain.methods.writing import Demonstrations, OnPolicy, Server
+from retain.models.endpoint import check_url
 
 
 class Replay(Prioritised, Method):
@@ -71,7 +73,8 @@ class Replay(Prioritised, Method):
         """For `sources`: 1 takes every row alike, higher values small sources more often. Not given: the weights alone
         where there are any, else 1."""
         rows: int = Field(256, ge=1)
-        """Most `old` or `self` rows that are taken; of the latter no more than one pass over the first task needs."""
+        """Most `old` rows, drawn with the seed, or `self` rows that are taken; of the latter no more than one pass over
+        the first task needs."""
         max_tokens: int = Field(64, ge=8)
         """Longest answer in a row the model writes; long rows weigh more, since the loss counts tokens."""
         buffer: int = Field(10_000, ge=0)
@@ -118,10 +121,18 @@ class Replay(Prioritised, Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"old"} if self.config.asked & {"old", "demonstrations"} else ())
+        c = self.config
+        alone = c.source == "on_policy" and not c.buffer  # no prompts but those of the old rows
+        return frozenset({"old"} if alone or c.asked & {"old", "demonstrations"} else ())
 
     def check(self) -> None:
-        mean_share(self.config.share)  # an impossible schedule is an error before anything is loaded
+        c = self.config
+        mean_share(c.share)  # an impossible schedule is an error before anything is loaded
+        super().check()
+        if c.source == "on_policy":
+            checker(c.on_policy.check, c.on_policy.threshold)
+        if c.endpoint is not None:
+            check_url(c.endpoint.url)
 
     def check_inputs(self, tokenizer: Any) -> None:
         for source in self.config.sources:
@@ -134,7 +145,7 @@ class Replay(Prioritised, Method):
 
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         c = self.config
-        self.check_priorities(data)
+        self.check_data(data)
         share = mean_share(c.share)
         # twice what one pass needs: variety protects, and fewer are written faster
         needed = math.ceil(len(data.new) * share / (1 - share)) if hasattr(data.new, "__len__") else c.rows

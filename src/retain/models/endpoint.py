@@ -17,6 +17,12 @@ from retain.models.generation import Generated
 _BUSY = {408, 429, 500, 502, 503, 504}
 
 
+def check_url(url: str) -> None:
+    """Raises ConfigError where `url` is no http address."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"endpoint.url: '{url}' given. Give an address such as http://127.0.0.1:8000/v1.")
+
+
 class Endpoint:
     """A server as an engine that writes rows (`own_rows.Engine`): turns go to the chat route, plain text to the other.
 
@@ -41,8 +47,7 @@ class Endpoint:
         timeout: float = 300.0,
         pauses: tuple[float, ...] = (1.0, 4.0, 15.0),
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"endpoint.url: '{url}' given. Give an address such as http://127.0.0.1:8000/v1.")
+        check_url(url)
         self.url, self.model, self.key = url.rstrip("/"), model, key
         self.parallel, self.timeout, self.pauses = parallel, timeout, pauses
 
