@@ -206,8 +206,9 @@ def read(path: str | Path, overrides: list[str] | None = None, preset: str | Non
         raise ConfigError(f"{path}: cannot be read ({error}). Save it as UTF-8 text.") from None
     if values is None or isinstance(values, dict):
         rest = [entry for entry in overrides or [] if not entry.startswith("preset=")]
-        chosen = [entry.partition("=")[2] for entry in overrides or [] if entry.startswith("preset=")] or [preset]
-        values = (values or {}) | ({"preset": chosen[-1]} if chosen[-1] else {})
+        chosen = [entry.partition("=")[2] for entry in overrides or [] if entry.startswith("preset=")]
+        wanted = chosen[-1] if chosen else preset
+        values = (values or {}) | ({"preset": wanted} if wanted else {})
         values = override(presets.filled(values), rest)
     return parse(values, str(path))
 
