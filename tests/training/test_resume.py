@@ -147,9 +147,9 @@ def interrupt_at(monkeypatch, owner, name, call=1, after=False):
 
 def points():
     """(label, owner, function, which call, after it) where files are made: the dangerous moments."""
-    import retain.methods.replay as replay
     import retain.pipeline as pipeline
     import retain.training.watch as watch
+    from retain.data.buffer import Buffer
     from retain.training.trainer import ContinualTrainer
 
     return [
@@ -157,7 +157,7 @@ def points():
         ("before a later checkpoint is whole", checkpoint, "complete", 3, False),
         ("after a checkpoint", checkpoint, "complete", 2, True),
         ("before the start is kept", checkpoint, "_save", 1, False),
-        ("after the buffer is filled", replay.Buffer, "add", 1, True),
+        ("after the buffer is filled", Buffer, "add", 1, True),
         ("before the model is saved", RunDirectory, "save_task", 1, False),
         ("after the model is saved", RunDirectory, "save_task", 2, True),
         ("before the items are saved", pipeline, "save_items", 2, False),

@@ -33,7 +33,7 @@ def checker(name: str, threshold: float) -> Check:
     if name == "f1":
         return lambda answer, reference, prompt: token_f1(answer, reference) >= threshold
     if ":" not in name:
-        raise ConfigError(unknown("check", name, [*NAMES, "module:function"]))
+        raise ConfigError(unknown("methods.replay.on_policy.check", name, [*NAMES, "module:function"]))
     own = own_function.load(name, "check")
 
     def passes(answer: str, reference: str, prompt: Sequence[dict[str, Any]]) -> bool:
