@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
-from training_kit import other_rows, rows, stored, trainer
+from training_kit import rows, stored, trainer
 
 from retain.methods import build
 from retain.methods.context import Run
@@ -17,6 +17,8 @@ from retain.training.watch import Record
 
 # with a quarter of replay 24 rows are four full global batches of 8: nothing is filled up on several processes
 ROWS = rows(24)
+#: Other answers to the same prompts: A-GEM acts only where the new rows work against the old ones.
+AGAINST = ROWS.map(lambda row: {"completion": [{"role": "assistant", "content": "sea cold ships land"}]})
 CASES = {
     "none": [],
     "replay-distill": [{"replay": {"fraction": 0.25}}, "distill"],
@@ -61,8 +63,7 @@ def main(folder: Path, batch: int) -> None:
             place,
             tiny_model(tiny_tokenizer()).double(),
             train_rows=ROWS,
-            # A-GEM acts only where the new rows work against the old ones
-            old=None if name == "self" else other_rows() if name == "agem" else rows(12, 100),
+            old=None if name == "self" else AGAINST if name == "agem" else rows(12, 100),
             steps=4,
             batch=batch,
             run=run,
