@@ -28,7 +28,8 @@ def parts(config: Any, run: Run, number: int, earlier: Callable[[], Any | None])
         if source.data == "tasks":
             return origins.some(earlier(), source.limit, run.seed)
         if source.data == "old":
-            return origins.some(given, source.limit or c.rows, run.seed)
+            everything = None if given is None else run.old_rows(run.model, len(given), given=given)
+            return origins.some(everything, source.limit or c.rows, run.seed)
         if source.data == "demonstrations":
             return writing().from_demonstrations(given, number, c.demonstrations)
         if source.data == "on_policy":
