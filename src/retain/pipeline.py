@@ -52,8 +52,7 @@ def plan(config: RunConfig) -> Plan:
         DataError: data that is not there.
     """
     stack = Stack(build(config.methods))
-    stack.check_needs(frozenset({"old"} if config.old else ()))
-    stack.check_tasks(config.task_names)
+    stack.check_needs(frozenset({"old"} if config.old else ()), config.task_names)
     if config.private:
         stack.check_private(bool(config.old))
     names = {m.name for m in stack.methods}

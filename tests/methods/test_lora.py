@@ -212,8 +212,8 @@ def test_a_domain_has_its_rank_and_layers_and_else_those_of_all(task, r, scaling
 
 def test_mistakes_in_domains_are_one_line():
     with pytest.raises(ConfigError, match=r"methods\.lora\.domains: unknown 'medcal'\. Did you mean 'medical'\?"):
-        Stack([LoRA(domains={"medcal": {"r": 2}})]).check_tasks(["medical", "law"])
-    Stack([LoRA(domains={"law": {"r": 2}})]).check_tasks(["medical", "law"])
+        Stack([LoRA(domains={"medcal": {"r": 2}})]).check_needs(frozenset(), ["medical", "law"])
+    Stack([LoRA(domains={"law": {"r": 2}})]).check_needs(frozenset(), ["medical", "law"])
     for domains, words in (({"law": {"r": 0}}, "'law' has r 0"), ({"law": {"rank": 3}}, "domains")):
         with pytest.raises(ConfigError, match=words) as caught:
             LoRA(domains=domains)

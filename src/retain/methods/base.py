@@ -52,7 +52,6 @@ class Method:
     adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
     adds_on_top: ClassVar[bool] = False  # of those, the ones to come after what wraps the model, which freezes the rest
     repeats_batches: bool = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
-    adds_rows: ClassVar[bool] = True  # whether its `prepare_data`, where it has one, adds rows
     on_policy: ClassVar[str] = ""  # why there are no supervised tokens: it learns from answers that the model writes
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
 
@@ -80,7 +79,7 @@ class Method:
     @classmethod
     def reads_answers(cls) -> bool:
         """Whether it works on the supervised tokens of batches, or adds rows that have some."""
-        hooks = ("batch_loss", "token_weights", *(("prepare_data",) if cls.adds_rows else ()))
+        hooks = ("batch_loss", "token_weights", "prepare_data")
         return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks) or bool(cls.repeats_batches)
 
     @classmethod
@@ -95,8 +94,12 @@ class Method:
     def check_inputs(self, tokenizer: Any) -> None:
         """Find what is wrong with files and models that the settings name, before anything is written."""
 
-    def check(self) -> None:
-        """Raise ConfigError for settings that cannot work together; called before anything is loaded."""
+    def check(self, tasks: Sequence[str] = ()) -> None:
+        """Raise ConfigError for settings that cannot work together; called before anything is loaded.
+
+        Args:
+            tasks: names of all tasks of the run, where they are known.
+        """
 
     def keeps_text(self, old: bool) -> str | None:
         """What text of given rows it would write into the run directory, and what to set instead; None for none.
@@ -111,9 +114,6 @@ class Method:
         """Whether `token_weights` may give weights under these settings; where no method does, nothing is computed."""
         return type(self).token_weights is not Method.token_weights
 
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Raise ConfigError where a setting names a task that is not among those of the run."""
-
     # -- once per task, before training ------------------------------------------------------------------
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         """Add rows to what is trained on."""
@@ -122,6 +122,9 @@ class Method:
     def prepare_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
         """Freeze, wrap or extend the model, before the optimizer exists."""
         return model
+
+    def on_model_ready(self, model: torch.nn.Module, run: Run) -> None:
+        """Set weights that the task begins with: all methods have prepared the model, its start is not taken yet."""
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         """Take anchors and importances; `run.restored` says that `load_state_dict` was called before."""
@@ -207,13 +210,13 @@ class Stack(Method):
         """The method that learns from answers which the model writes; None when there is none."""
         return next((m for m in self.methods if m.on_policy), None)
 
-    def check_needs(self, available: frozenset[str]) -> None:
+    def check_needs(self, available: frozenset[str], tasks: Sequence[str] = ()) -> None:
         """Raise ConfigError when a method lacks what it needs, or has settings that cannot work together."""
         advice = {
             "old": "give `old:` a file of rows that stand for old data, or set its source to 'self'",
         }
         for method in self.methods:
-            method.check()
+            method.check(tasks)
             for need in sorted(method.needs - available):
                 raise ConfigError(f"methods.{method.name}: needs '{need}', which is missing; {advice[need]}.")
 
@@ -231,10 +234,6 @@ class Stack(Method):
             if kept := method.keeps_text(old):
                 raise ConfigError(f"methods.{method.name}: the run is private, but this {kept}.")
 
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        for method in self.methods:
-            method.check_tasks(tasks)
-
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         for method in self.methods:
             data = method.prepare_data(data, run)
@@ -244,6 +243,10 @@ class Stack(Method):
         for method in sorted(self.methods, key=lambda m: (not m.adds_parameters, m.adds_on_top)):
             model = method.prepare_model(model, run)
         return model
+
+    def on_model_ready(self, model: torch.nn.Module, run: Run) -> None:
+        for method in self.methods:
+            method.on_model_ready(model, run)
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:

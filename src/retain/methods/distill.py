@@ -30,8 +30,7 @@ from pydantic import Field
 
 from retain.data.sources import load_texts
 from retain.errors import ConfigError
-from retain.functional.tiled_head import Head, divergence
-from retain.methods.base import Method, Strength
+from retain.methods.base import Method
 from retain.methods.context import Batch, Run
 from retain.methods.distilling import Distilling
 from retain.models import params
@@ -54,13 +53,7 @@ class Distill(Distilling, Method):
     family = "functions"
     paper = "arXiv:1606.09282"
 
-    class Config(Strength):
-        strength: float = Field(0.5, ge=0)
-        """Weight of the divergence against the cross-entropy; 0 is off."""
-        temperature: float = Field(1.0, gt=0)
-        """Softens both distributions; the gradient's size is kept by T²."""
-        direction: Literal["forward", "reverse", "jsd"] = "forward"
-        """KL(past‖now) keeps everything the past believed; reverse keeps its modes."""
+    class Config(Distilling.Config):
         rows: Literal["auto", "all", "new", "replay", "text"] = "auto"
         """Where it applies; auto is the replayed rows when there are any, otherwise all; text is plain texts."""
         text: str | None = None
@@ -111,10 +104,6 @@ class Distill(Distilling, Method):
         if c.teacher == "ema":
             return Average(model, self._average if run.restored else run.start, c.decay)
         return Start(model, run.start)
-
-    def compare(self, student: torch.Tensor, head: Head, past: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        c, teacher = self.config, self._teacher.head()
-        return divergence(student, head, past, teacher, direction=c.direction, temperature=c.temperature)
 
     def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
         if self._rows != "text":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from retain.errors import ConfigError
-from retain.functional.tiled_head import Head
+from retain.functional.tiled_head import Head, divergence
 from retain.methods.base import Method, Strength
 from retain.methods.context import Batch, Run, select
 from retain.models import params
@@ -15,16 +16,22 @@ from retain.models.teachers import Start, Teacher
 
 
 class Distilling(Method):
-    """A divergence from a teacher on the supervised tokens of chosen rows; a subclass says which in `compare`.
+    """A divergence from a teacher on the supervised tokens of chosen rows.
 
     A subclass has the setting `rows`: all, new, replay, or auto, which is the replayed rows when there are any.
     """
 
     family = "functions"
     swaps_weights = True
+    masks_label: ClassVar[bool] = False  # leaves the token that comes next out of both distributions
 
     class Config(Strength):
-        pass
+        strength: float = Field(0.5, ge=0)
+        """Weight of the divergence against the cross-entropy; 0 is off."""
+        temperature: float = Field(1.0, gt=0)
+        """Softens both distributions; the gradient's size is kept by T²."""
+        direction: Literal["forward", "reverse", "jsd"] = "forward"
+        """KL(past‖now) keeps everything the past believed; reverse keeps its modes."""
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         self._differs, self._equal = False, set[int]()  # steps in which teacher and student were equal
@@ -44,7 +51,15 @@ class Distilling(Method):
 
         `labels` [N] are the tokens that come next.
         """
-        raise NotImplementedError
+        return divergence(
+            student,
+            head,
+            past,
+            self._teacher.head(),
+            direction=self.config.direction,
+            temperature=self.config.temperature,
+            exclude=labels if self.masks_label else None,
+        )
 
     def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
         chosen = batch.of(self._rows, self.name)

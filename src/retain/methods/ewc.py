@@ -27,6 +27,7 @@ Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,8 +63,8 @@ class EWC(Estimating, Method):
         top_k: int | None = Field(None, ge=1)
         """Exact estimator only: labels enumerated per token, the rest as one."""
 
-    def check(self) -> None:
-        super().check()
+    def check(self, tasks: Sequence[str] = ()) -> None:
+        super().check(tasks)
         c = self.config
         if c.estimator == "adam" and c.fallback == "none" and c.importance is None:
             raise ConfigError(

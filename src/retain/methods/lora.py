@@ -83,9 +83,9 @@ class LoRA(Method):
                     raise ValueError(f"'{name}' has r 0, and a task cannot go without an adapter; r is 1 or more")
             return domains
 
-    def check_tasks(self, tasks: Sequence[str]) -> None:
+    def check(self, tasks: Sequence[str] = ()) -> None:
         for name in self.config.domains:
-            if name not in tasks:
+            if tasks and name not in tasks:
                 raise ConfigError(unknown("methods.lora.domains", name, tasks))
 
     def settings(self, task: str) -> Any:

@@ -19,11 +19,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from pydantic import Field
-
-from retain.functional.tiled_head import Head, divergence
-from retain.methods.base import Method, Strength
+from retain.methods.base import Method
 from retain.methods.distilling import Distilling
 
 
@@ -34,23 +30,8 @@ class MTT(Distilling, Method):
     family = "functions"
     paper = "arXiv:2605.29498"
 
-    class Config(Strength):
-        strength: float = Field(0.5, ge=0)
-        """Weight of the divergence against the cross-entropy; 0 is off."""
-        temperature: float = Field(1.0, gt=0)
-        """Softens both distributions; the gradient's size is kept by T²."""
-        direction: Literal["forward", "reverse", "jsd"] = "forward"
-        """KL(past‖now) keeps everything the past believed; reverse keeps its modes."""
+    masks_label = True
+
+    class Config(Distilling.Config):
         rows: Literal["all", "new", "replay"] = "all"
         """Where it applies: new rows, replayed rows, or both."""
-
-    def compare(self, student: torch.Tensor, head: Head, past: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return divergence(
-            student,
-            head,
-            past,
-            self._teacher.head(),
-            direction=self.config.direction,
-            temperature=self.config.temperature,
-            exclude=labels,
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -67,7 +68,7 @@ class Prioritised(Method):
         return Worth(self.config.priority, tuple(self.config.terms), self.config.function)
 
     # -- once per task -----------------------------------------------------------------------------------
-    def check(self) -> None:
+    def check(self, tasks: Sequence[str] = ()) -> None:
         c, given, refuse = self.config, self.config.model_fields_set, self._refuse
         works = dict.fromkeys(("exponent", "floor", "correction"), c.priority != "none")
         works |= dict.fromkeys(("measure_every", "measure_rows"), c.priority in MEASURED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,7 @@ class Pulling(Method):
     def active(self) -> bool:
         return super().active or bool(self.config.end)  # a pull that rises from 0
 
-    def check(self) -> None:
+    def check(self, tasks: Sequence[str] = ()) -> None:
         self._over_task()
 
     def _over_task(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,8 +49,8 @@ class Remembering(Pulling):
         """F of the task that ended, of mean 1; None where there is nothing to estimate it on."""
         raise NotImplementedError
 
-    def check(self) -> None:
-        super().check()
+    def check(self, tasks: Sequence[str] = ()) -> None:
+        super().check(tasks)
         place = self.config.importance
         if place is not None and not Path(place).exists():
             raise ConfigError(

@@ -34,6 +34,7 @@ Tune: `fraction` 0.01–0.05 for general data, 0.1–0.25 in short runs or when 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -125,10 +126,10 @@ class Replay(Prioritised, Method):
         alone = c.source == "on_policy" and not c.buffer  # no prompts but those of the old rows
         return frozenset({"old"} if alone or c.asked & {"old", "demonstrations"} else ())
 
-    def check(self) -> None:
+    def check(self, tasks: Sequence[str] = ()) -> None:
         c = self.config
         mean_share(c.share)  # an impossible schedule is an error before anything is loaded
-        super().check()
+        super().check(tasks)
         if c.source == "on_policy":
             checker(c.on_policy.check, c.on_policy.threshold)
         if c.endpoint is not None:

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from retain.data.mixture import Mixture
 from retain.errors import ConfigError
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
@@ -40,7 +39,6 @@ class SharedLoRA(Method):
     paper = "arXiv:2106.09685, eq. 3"
     adds_parameters = True
     edits_gradients = True
-    adds_rows = False
     conflicts = frozenset({"olora", "slao", "interpolate", "subspace", "shield", "packnet", "blocks"})
     off = {"r": 0}
 
@@ -83,16 +81,14 @@ class SharedLoRA(Method):
         self._shared = layers
         return get_peft_model(base, joint, adapter_name=name)
 
-    def prepare_data(self, data: Mixture, run: Run) -> Mixture:
-        # the first hook when all methods have prepared the model, and the last before its start weights are taken
+    def on_model_ready(self, model: torch.nn.Module, run: Run) -> None:
         self._parts: dict[str, tuple[params.LoraPair, slice]] = {}
         self._kept: params.Tensors = {}
         self._still: dict[str, params.Tensors] = {}
         if run.task_index > 1:
             self._kept = adapters.kept(run.shared_folder / self.name, run.task_index - 1)
         if self._learning:
-            self._begin(run.model)
-        return data
+            self._begin(model)
 
     @torch.no_grad()
     def _begin(self, model: Any) -> None:

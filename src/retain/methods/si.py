@@ -22,6 +22,7 @@ Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,8 +54,8 @@ class SI(Remembering, Method):
         damping: float = Field(0.1, gt=0)
         """ξ, as a multiple of the mean squared move of all weights: bounds the importance of what hardly moved."""
 
-    def check(self) -> None:
-        super().check()
+    def check(self, tasks: Sequence[str] = ()) -> None:
+        super().check(tasks)
         if self.config.importance is not None and "prior" in self.config.model_fields_set:
             raise ConfigError("methods.si.prior: has no effect with `importance`. Remove one of them.")
 

@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import torch
 
-from retain.data.mixture import Mixture
 from retain.errors import ConfigError
 from retain.functional.single_adapter import merge, merging_weight, orthonormal_rows
 from retain.methods.base import Method, MethodConfig
@@ -43,7 +42,6 @@ class SLAO(Method):
     edits_gradients = True
     conflicts = frozenset({"olora", "ilora", "interpolate"})
     off = {"weight": "none"}
-    adds_rows = False  # its `prepare_data` only begins
 
     class Config(MethodConfig):
         weight: Literal["sqrt", "mean", "last", "none"] = "sqrt"
@@ -53,13 +51,8 @@ class SLAO(Method):
         check_merged(self.name, model)
         return with_adapter(model, run)
 
-    def prepare_data(self, data: Mixture, run: Run) -> Mixture:
-        # the first hook when all methods have prepared the model, and the last before its start weights are taken
-        self._begin(run.model, run)
-        return data
-
     @torch.no_grad()
-    def _begin(self, model: Any, run: Run) -> None:
+    def on_model_ready(self, model: Any, run: Run) -> None:
         """Put the last task's factors into the fresh adapter, and what remained of it, negative, beside them."""
         if any("lora_magnitude_vector" in name for name in params.trainable(model)):
             raise ConfigError("methods.slao: with DoRA the change is not a product. Set `lora: {dora: false}`.")

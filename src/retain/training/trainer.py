@@ -215,6 +215,7 @@ class ContinualMixin(_Host):
             TrainingDiverged: a loss term is no longer a number; the last checkpoint is kept.
         """
         found = checkpoint.resolve(resume_from_checkpoint, Path(self.args.output_dir))
+        self.stack.on_model_ready(self.model, self.run)
         self._mix()
         self.run.max_steps = self.args.max_steps
         self.run.learning_rate = self.args.learning_rate
