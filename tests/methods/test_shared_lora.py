@@ -119,7 +119,7 @@ def test_every_task_begins_at_the_model_that_was_kept_and_where_the_shared_part_
     kept = stored(base)
     run = spec(tmp_path, "two", 2)
     made = trainer(team(), tmp_path / "two", base, run=run)
-    made._mix()
+    made.stack.on_model_ready(made.model, made.run)
     assert distance(merged(made.model), kept) < 1e-6
     for name, pair in params.lora_pairs(made.model).items():
         assert not pair.B[:, :3].any()

@@ -326,10 +326,16 @@ def validated(schema: type[BaseModel], options: dict[str, Any], where: str) -> A
 
 
 def _fields(schema: Any, parents: list[str]) -> list[str]:
-    """The settings that are allowed inside a setting, such as those of an entry of a list."""
+    """The settings that are allowed inside a setting, such as those of an entry of a list or a mapping."""
     for part in parents:
-        if not part.isdigit():
-            schema = schema.model_fields[part].annotation
-        while typing.get_args(schema):
-            schema = typing.get_args(schema)[0]
-    return list(schema.model_fields)
+        schema = _given(schema)
+        entries = typing.get_origin(schema) in (list, tuple, dict)
+        schema = typing.get_args(schema)[-1] if entries else schema.model_fields[part].annotation
+    return list(_given(schema).model_fields)
+
+
+def _given(schema: Any) -> Any:
+    """What a setting is where it is not null."""
+    while type(None) in typing.get_args(schema):
+        schema = typing.get_args(schema)[0]
+    return schema
