@@ -15,6 +15,7 @@ sys.path.insert(0, str(BENCH))
 import against_harness  # noqa: E402
 import example_recipes  # noqa: E402
 import method_costs  # noqa: E402
+import pull  # noqa: E402
 import side_by_side  # noqa: E402
 import speed  # noqa: E402
 import training_steps  # noqa: E402
@@ -209,3 +210,11 @@ def test_peak_counts_what_is_alive_at_the_same_time(settings):
     small, large = peak(1), peak(2**20 + 1)
     assert large - small == pytest.approx(2**20, abs=4096)
     assert 2**24 < small < 2 * 2**24
+
+
+def test_the_pull_is_measured_alone(capsys):
+    pull.main(["--elements", "4e4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("40,000 weights")
+    assert [line.split()[0] for line in lines[1:]] == ["gradient", "value", "both"]
+    assert all(float(line.split()[1]) >= 0 for line in lines[1:])

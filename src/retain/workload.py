@@ -150,13 +150,18 @@ def task_work(
     if train.get("packing"):
         new, rows = _packed(new, rows, train["max_length"])
     epochs = math.ceil(passes) if steps <= 0 else max(1, round(steps * window / max(rows or 1, 1)))
-    owed = 0.0  # replayed rows to a new one
+    owed, moves = 0.0, False  # replayed rows to a new one; whether the share moves
     if replay is not None and old is not None:
         share = mean_share(replay.share, new.learned.mean() / old.learned.mean() if replay.by == "tokens" else 1.0)
-        owed = share / (1 - share)
+        owed, moves = share / (1 - share), replay.schedule != "constant" or bool(replay.every)
     if steps <= 0:
-        total = epochs * (rows or 0)
-        steps = math.ceil(passes * math.ceil((total + math.floor(owed * total + 0.5)) / (epochs * window)))
+        shown = np.floor(owed * (rows or 0) * np.arange(epochs + 1) + 0.5) + (rows or 0) * np.arange(epochs + 1)
+        if epochs > 1 and (moves or len(set(np.diff(shown))) > 1):
+            whole, rest = divmod(shown[-1], window)  # a last step that lacks micro-batches is left out
+            last = math.ceil(rest * batches / window) == batches
+            steps = int(min(math.ceil(passes / epochs * shown[-1] / window), whole + last))
+        else:
+            steps = math.ceil(passes * math.ceil(shown[1] / window))
     share = owed / (1 + owed)
     if old is not None and share:
         new = _mixed(new, old, share)

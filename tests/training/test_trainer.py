@@ -418,6 +418,20 @@ def test_weights_finite():
     assert guards.weights_finite(model)  # only what is trained is asked
 
 
+@pytest.mark.parametrize(("passes", "accumulate"), [(7.0, 1), (6.5, 1), (5.0, 2)])
+def test_epochs_of_unequal_length_end_where_the_learning_rate_does(passes, accumulate, tmp_path):
+    settings = {"steps": -1, "num_train_epochs": passes, "lr_scheduler_type": "linear", "warmup_steps": 0}
+    replay = build([{"replay": {"fraction": 0.3}}])
+    parts = {"batch": 8 // accumulate, "gradient_accumulation_steps": accumulate}
+    made = train(replay, tmp_path, train_rows=rows(24), **parts, **settings)
+    assert len({len(made._sampler._mixed(epoch)) for epoch in range(int(passes))}) > 1, "nothing is tested"
+    assert made.state.global_step == made.state.max_steps
+    new, old = made.rows_seen()
+    assert new == pytest.approx(24 * passes, abs=8)
+    assert old == pytest.approx(new * 0.3 / 0.7, abs=8)
+    assert made.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
 def test_the_sampler_is_told_which_epoch_begins(tmp_path):
     """By the trainer itself: on several processes the host's loader forgets it in the epoch of a resume."""
     made = trainer(build([{"replay": {"fraction": 0.25}}]), tmp_path, steps=12, batch=4)

@@ -27,6 +27,16 @@ def tfidf(texts: Sequence[str]) -> Any:
     return words.fit_transform(texts)
 
 
+def kmeans(features: Any, clusters: int, seed: int) -> Any:
+    """scikit-learn's `KMeans`, fitted; the best of four starts. Fewer different rows give fewer clusters."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than clusters
+        return KMeans(n_clusters=max(1, clusters), n_init=4, random_state=seed).fit(features)
+
+
 def diverse(features: Any, number: int, clusters: int, seed: int) -> Chosen:
     """Choose rows so that every cluster is there, each with the rows nearest to its centre first.
 
@@ -39,14 +49,9 @@ def diverse(features: Any, number: int, clusters: int, seed: int) -> Chosen:
         clusters: most clusters; there are never more than rows wanted or different rows.
         seed: of the starting centres.
     """
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
     rows = features.shape[0]
     number = min(number, rows)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than clusters
-        model = KMeans(n_clusters=max(1, min(clusters, number)), n_init=4, random_state=seed).fit(features)
+    model = kmeans(features, min(clusters, number), seed)
     labels = model.labels_
     distance = model.transform(features)[np.arange(rows), labels]
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]

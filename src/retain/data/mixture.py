@@ -130,6 +130,20 @@ class MixtureSampler(Sampler[int]):
             sources=self.sources,
         )
 
+    def steps(self, parts: int = 1) -> int | None:
+        """Optimizer steps that the planned passes take, where epochs differ in length; None where they do not.
+
+        Args:
+            parts: micro-batches of a step; the host leaves out a last step that lacks some.
+        """
+        self.plan(0)
+        assert self._whole is not None
+        if not len(self._whole):
+            return None
+        whole, rest = divmod(len(self._whole), self.window)
+        planned = self.passes / self.epochs * len(self._whole)  # the last pass may be planned in part
+        return min(math.ceil(planned / self.window), whole + (math.ceil(rest * parts / self.window) == parts))
+
     def shown(self, steps: int) -> np.ndarray:
         """The row numbers of the first so many optimizer steps."""
         parts, epoch = [np.empty(0, dtype=np.int64)], 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from retain.data.diversity import kmeans
 from retain.functional.priorities import highest, spread, words
 
 #: Hashed words that a text is described by, and the dimensions they are brought down to.
@@ -38,9 +38,7 @@ def text_clusters(texts: Iterable[str], clusters: int, seed: int) -> np.ndarray:
     are hashed: no vocabulary is kept, and texts are read one after another. With fewer different texts than clusters,
     there are fewer clusters.
     """
-    from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
     from sklearn.preprocessing import normalize
 
@@ -58,10 +56,7 @@ def text_clusters(texts: Iterable[str], clusters: int, seed: int) -> np.ndarray:
     features: Any = TfidfTransformer(sublinear_tf=True).fit_transform(count.transform(read()))
     if features.shape[0] > DIMENSIONS:
         features = normalize(TruncatedSVD(DIMENSIONS, random_state=seed).fit_transform(features))
-    number = max(1, min(clusters, len(different)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # different texts with the same words
-        return KMeans(number, random_state=seed, n_init=4).fit_predict(features)
+    return kmeans(features, min(clusters, len(different)), seed).labels_
 
 
 def row_text(row: dict[str, Any]) -> str:

@@ -73,8 +73,3 @@ def recommended(parameters: float) -> Recommended:
     A start for a search, not a result: what is right depends on the data and on how F was estimated.
     """
     return next(row for most, row in BY_SIZE if parameters <= most)
-
-
-def normalised(raw: float, mean: float) -> float:
-    """The strength in normalised units that pulls as `raw` does on an F of that mean."""
-    return raw * mean

@@ -213,6 +213,23 @@ def repeated(batches: Iterable[StepBatch], device: torch.device) -> Iterator[Ste
         yield batch
 
 
+def withhold(run: Run, name: str, held: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    """Take the gradient of entries that stay away; log what gradient descent would have gained there in this step, to
+    first order, in nats.
+
+    Args:
+        held: parameters, each with a mask that is true where it stays.
+    """
+    squares = 0.0
+    for parameter, mask in held:
+        if parameter.grad is not None:
+            if run.logging_now:
+                squares += float((parameter.grad * mask).float().square().sum())
+            parameter.grad.masked_fill_(mask, 0)
+    if run.logging_now:
+        run.log(f"loss/{name}", run.learning_rate * squares)
+
+
 def answer_loss(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """Σ −log p of the supervised tokens, in nats, with gradient; `labels` [B, T] with −100 where nothing is learned."""
     mask = labels[:, 1:] != -100

@@ -32,7 +32,7 @@ from pydantic import Field
 from retain.errors import ConfigError
 from retain.functional.ownership import MOST_TASKS, largest_changes
 from retain.methods.base import Method, MethodConfig
-from retain.methods.context import Run
+from retain.methods.context import Run, withhold
 from retain.models import ownership, params
 
 
@@ -83,15 +83,7 @@ class PackNet(Method):
 
     @torch.no_grad()
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
-        squares = 0.0
-        for name, parameter in params.trainable(model).items():
-            if parameter.grad is not None:
-                held = ~self._moves[name]
-                if run.logging_now:
-                    squares += float((parameter.grad * held).float().square().sum())
-                parameter.grad.masked_fill_(held, 0)
-        if run.logging_now:  # what gradient descent would have gained there in this step, to first order, in nats
-            run.log(f"loss/{self.name}", run.learning_rate * squares)
+        withhold(run, self.name, ((p, ~self._moves[name]) for name, p in params.trainable(model).items()))
 
     @torch.no_grad()
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:

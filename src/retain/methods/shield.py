@@ -23,7 +23,7 @@ from pydantic import Field
 from retain.errors import ConfigError
 from retain.functional.projection import column_scores, top_share
 from retain.methods.base import Method, MethodConfig
-from retain.methods.context import Run
+from retain.methods.context import Run, withhold
 from retain.models import params, passes
 from retain.models.params import Tensors
 
@@ -100,14 +100,7 @@ class Shield(Method):
 
     @torch.no_grad()
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
-        squares = 0.0
-        for parameter, _, mask in self._held:
-            if parameter.grad is not None:
-                if run.logging_now:
-                    squares += float((parameter.grad * mask).float().square().sum())
-                parameter.grad.masked_fill_(mask, 0)
-        if run.logging_now:  # what gradient descent would have gained there in this step, to first order, in nats
-            run.log(f"loss/{self.name}", run.learning_rate * squares)
+        withhold(run, self.name, ((parameter, mask) for parameter, _, mask in self._held))
 
     @torch.no_grad()
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
