@@ -13,11 +13,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from retain.errors import ConfigError
+from retain.errors import ConfigError, unknown
 from retain.functional.sampling import schedule
 
 #: Where a schedule ends when nothing is said, as a multiple of where it starts.
 ENDS = {"linear": 0.2, "cosine": 1 / 3, "rising": 2.0}
+KINDS = ("constant", *ENDS, "custom")
 
 
 class Recommended(NamedTuple):
@@ -48,6 +49,8 @@ def over_task(
     Raises:
         ConfigError: unknown kind, a superfluous or missing number, a negative strength, or a bad expression.
     """
+    if kind not in KINDS:
+        raise ConfigError(unknown("schedule", kind, KINDS))
     if kind == "custom":
         factor = schedule(kind, None, end, expression, below=math.inf)
         return lambda t: start * factor(t)
