@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-_LLAMA = {
+LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
@@ -16,14 +16,14 @@ _LLAMA = {
     "max_position_embeddings": 64,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "qwen2": _LLAMA | {"tie_word_embeddings": True},
-    "qwen3": _LLAMA | {"head_dim": 8},
-    "gemma2": _LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
-    "mistral": _LLAMA,
-    "phi3": _LLAMA,
+    "llama": LLAMA,
+    "qwen2": LLAMA | {"tie_word_embeddings": True},
+    "qwen3": LLAMA | {"head_dim": 8},
+    "gemma2": LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "mistral": LLAMA,
+    "phi3": LLAMA,
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
-    "gpt_neox": {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
+    "gpt_neox": {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"},
     "opt": {
         "hidden_size": 32,
         "word_embed_proj_dim": 32,
@@ -37,19 +37,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 #: Families that scale their logits, in different ways.
 SCALED: dict[str, dict[str, Any]] = {
-    "cohere": _LLAMA | {"logit_scale": 0.25},
-    "granite": _LLAMA | {"logits_scaling": 4.0},
+    "cohere": LLAMA | {"logit_scale": 0.25},
+    "granite": LLAMA | {"logits_scaling": 4.0},
+}
+#: More families, with other places for norms and residuals.
+OTHERS: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "olmo2": LLAMA,
+    "gemma3_text": LLAMA | {"head_dim": 8},
+    "phi": LLAMA,
+    "gpt_neo": {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
+    "mixtral": LLAMA,
 }
 FAMILIES = tuple(SETTINGS)
 VOCABULARY = 90
 
 
-def family_model(kind: str, seed: int = 0) -> Any:
-    """A random model of four layers in float32 and eval mode."""
+def family_model(kind: str, seed: int = 0, **settings: Any) -> Any:
+    """A random model of four layers in float32 and eval mode; `settings` of its configuration go before the usual."""
     torch.manual_seed(seed)
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     spread = {"initializer_range": 0.3, "init_std": 0.3} if kind == "opt" else {"initializer_range": 0.3}
-    config = AutoConfig.for_model(kind, **(SETTINGS | SCALED)[kind], **tokens, **spread)
+    usual = (SETTINGS | SCALED | OTHERS).get(kind, {})
+    config = AutoConfig.for_model(kind, **(usual | tokens | spread | settings))
     return AutoModelForCausalLM.from_config(config).eval()
 
 

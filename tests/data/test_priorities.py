@@ -127,7 +127,7 @@ def test_rows_chosen_elsewhere_are_said():
 
 
 def sampler(choose=None, epochs=2):
-    return MixtureSampler(np.ones(40), np.ones(9), lambda t: 0.25, "rows", 8, epochs, 0, choose)
+    return MixtureSampler(np.ones(40), np.ones(9), lambda t: 0.25, "rows", 8, epochs, 0, choose=choose)
 
 
 def test_the_plan_says_how_many_and_the_choice_says_which():

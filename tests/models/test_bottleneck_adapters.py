@@ -31,12 +31,7 @@ def stir(model, number=None):
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("kind", [*FAMILIES, "mixtral", "bloom"])
 def test_on_and_off_in_every_family(kind, attention):
-    if kind in FAMILIES:
-        model = family_model(kind)
-    else:
-        from test_expansion import _LLAMA, build
-
-        model = build(kind, **(_LLAMA if kind == "mixtral" else {}))
+    model = family_model(kind)
     ids = token_batch(2, 9)
     before, names = logits(model, ids), [name for name, _ in model.named_modules()]
     state = copy.deepcopy(model.state_dict())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
-import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
+import browser
 import numpy as np
 import pytest
+from browser import Page
 from fake_run import HOSTILE, build_run
 from rich.console import Console
-from test_report_page import CHROMIUM, FRAME, LISTEN, Page
 
 from retain.errors import RunError
 from retain.report import compare, front, labels, terminal, wording
@@ -221,22 +219,14 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary")
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium binary")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(make_run, tmp_path, width):
     names = {"naive": 0.4, "replay 0.3": 0.03, "replay 0.1": 0.04, "replay and distillation": 0.035, "l2sp": 0.2}
     places = [make_run(name, drop=drop, seed=k) for k, (name, drop) in enumerate(names.items())]
     text = compare.write(compare.load(places), tmp_path / "out").read_text(encoding="utf-8")
     watched = text.replace("style-src", "script-src 'unsafe-inline'; style-src", 1)  # the page itself has no script
-    watched = watched.replace("<head>", LISTEN, 1).replace("</body>", CHECK)
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width, html.escape(watched)), encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=3000 --dump-dom"
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [CHROMIUM, *flags.split(), "--window-size=1400,1000", profile, frame.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    seen = json.loads(next(a["data-seen"] for tag, a in Page(dom).tags if tag == "body"))
+    seen = browser.look(watched, CHECK, width, tmp_path)
     assert seen["errors"] == []
     assert seen["inner"] == width
     assert seen["scroll"] <= width

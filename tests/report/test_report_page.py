@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 
+import browser
 import pytest
+from browser import Page
 from fake_run import HOSTILE, build_run
 
 from retain.errors import RunError
 from retain.report import markdown, wording, write_report
 from retain.report.flips import collect, outcome
 from retain.results import load_items, load_results, save_results
-
-
-class Page(HTMLParser):
-    """Text, tags and scripts of a page, and whether every tag that was opened was closed."""
-
-    VOID = {"meta", "link", "input", "img", "br", "hr"}
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.words: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "script":
-            self.scripts[-1] += data
-        elif not self.open or self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    @property
-    def data(self) -> dict:
-        return json.loads(self.scripts[0])
 
 
 def read(directory, **options) -> Page:
@@ -349,34 +305,15 @@ window.addEventListener("load", () => {
 });
 </script></body>"""
 
-# A window is never narrower than 500 pixels in headless mode; a frame can be.
-FRAME = '<!doctype html><body><iframe style="border: 0; width: {}px; height: 900px" srcdoc="{}"></iframe>'
-
-LISTEN = """<head><script>window.seen = [];
-addEventListener("error", (e) => seen.push(String(e.message)));
-addEventListener("securitypolicyviolation", (e) => seen.push(e.violatedDirective + " " + e.blockedURI));
-for (const kind of ["error", "warn"]) console[kind] = (...words) => seen.push(words.join(" "));
-</script>"""
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary")
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium binary")
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("hostile", [False, True])
 def test_in_a_browser(make_run, tmp_path, width, hostile):
     directory = make_run("careful", drop=0.2, hostile=hostile)
     text = write_report(directory, compare=[make_run("naive", drop=0.4)]).read_text(encoding="utf-8")
-    watched = text.replace("<head>", LISTEN, 1).replace("</body>", CHECK)
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width, html.escape(watched)), encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=3000 --dump-dom"
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [CHROMIUM, *flags.split(), "--window-size=1400,1000", profile, frame.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    seen = json.loads(next(a["data-seen"] for tag, a in Page(dom).tags if tag == "body"))
+    seen = browser.look(text, CHECK, width, tmp_path)
     assert seen["errors"] == []
     assert seen["inner"] == width
     assert seen["scroll"] <= width
