@@ -7,12 +7,12 @@ than a quarter more than that is told.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from example_recipes import names_of, recipe, without
-from side_by_side import Settings, peak_bytes, ratio, steps_in_turn
+from side_by_side import WARM_UP, Settings, peak_bytes, ratio, steps_in_turn
 
 from retain import methods
 
@@ -20,6 +20,7 @@ SLACK = 1.25
 #: Step time against a plain step, and why.
 EXPECTED: dict[str, tuple[float, str]] = {
     "agem": (2.0, "one more forward and backward pass, over 8 old rows"),
+    "blocks": (1.0, "a quarter more layers; less than plain: the layers that were there have no gradient"),
     "bottleneck": (1.1, "two small matrices more per layer"),
     "der": (2.0, "two more passes, over 4 old rows each"),
     "dft": (1.0, "nothing: the loss has what it needs"),
@@ -29,11 +30,12 @@ EXPECTED: dict[str, tuple[float, str]] = {
     "features": (1.5, "one more forward and backward pass, over 4 old rows"),
     "flow": (1.0, "nothing in a step: one forward pass before training"),
     "freeze": (1.0, "less than plain: the lower layers have no backward pass"),
-    "hat": (1.05, "a mask per unit"),
     "hft": (1.0, "less than plain: half of the matrices have no gradient"),
     "ilora": (1.15, "two more forward passes, over the replayed fifth of the rows"),
     "interpolate": (1.0, "nothing in a step"),
+    "key_layers": (4 / 3, "one more forward and backward pass, over 2 old rows, without the gradients of most layers"),
     "l2sp": (1.05, "one sweep over the parameters"),
+    "label_smoothing": (1.05, "the mean log-probability of the supervised tokens"),
     "lora": (1.0, "less than plain: no gradient of the base weights"),
     "mas": (1.05, "one sweep over the parameters"),
     "mofo": (1.1, "a selection among the moments of every parameter"),
@@ -42,6 +44,7 @@ EXPECTED: dict[str, tuple[float, str]] = {
     "packnet": (1.05, "a mask over the parameters"),
     "replay": (1.0, "nothing in a step: old rows take the places of new ones"),
     "sam": (2.0, "every batch forward and backward twice"),
+    "shared_lora": (1.1, "wider factors"),
     "shield": (1.05, "a mask over the parameters"),
     "si": (1.05, "one sweep over the parameters"),
     "slao": (1.0, "nothing in a step: one factorisation per task"),
@@ -100,29 +103,48 @@ def names() -> list[str]:
     return [name for name in methods.names() if name != "none"]
 
 
-def measure(name: str, settings: Settings, peaks: dict[str, int]) -> Cost:
-    """A method as its example uses it, against the rest of that recipe (so LoRA methods against LoRA).
+def together(names: Sequence[str], most: int) -> list[list[str]]:
+    """Groups of at most `most` methods that are compared with the same training, so that it is measured once."""
+    found: dict[str, list[list[str]]] = {}
+    for name in names:
+        groups = found.setdefault(repr(without(recipe(name), name)), [[]])
+        if len(groups[-1]) == most:
+            groups.append([])
+        groups[-1].append(name)
+    return [group for groups in found.values() for group in groups]
+
+
+def measure(names: Sequence[str], settings: Settings, peaks: dict[str, int]) -> dict[str, Cost]:
+    """Methods as their examples use them, against the rest of that recipe (so LoRA methods against LoRA).
 
     Args:
+        names: methods that have the same rest; they and it take their steps in turn.
         peaks: peak bytes of what methods were compared with before, by name; added to.
     """
-    from training_steps import trainer
-
-    entries = recipe(name)
-    rest = without(entries, name)
-    beside = names_of(rest)
-    against = " + ".join(beside) or "plain"
-
-    def of(given: list[Any]) -> Callable[[int], Any]:
-        return lambda steps: trainer(settings, methods.build(given), steps)
-
+    rest = without(recipe(names[0]), names[0])
+    against = " + ".join(names_of(rest)) or "plain"
+    steps = settings.repeats + WARM_UP
     try:
-        pair = [of(entries)(settings.repeats + 1), of(rest)(settings.repeats + 1)]
-        line = ratio(name, against, steps_in_turn(pair), float("inf"), f"{settings.batch} rows a step")
-        del pair
+        given = [recipe(name) for name in names]
+        made = [_trainer(settings, entries, steps) for entries in (*given, rest)]
+        *times, plain = steps_in_turn(made)
+        del made
         if against not in peaks:
-            peaks[against] = peak_bytes(lambda: of(rest)(2))
-        memory = peak_bytes(lambda: of(entries)(2)) / peaks[against]
+            peaks[against] = peak_bytes(lambda: _trainer(settings, rest, 2))
+        memory = [peak_bytes(lambda own=own: _trainer(settings, own, 2)) / peaks[against] for own in given]
     except Exception as error:  # one method that cannot be trained here must not hide the cost of the others
-        return Cost(name, against, 0, 0, 0, 0, "", f"not measured: {type(error).__name__}: {error}".splitlines()[0])
-    return Cost(name, against, line.value, line.low or 0.0, line.high or 0.0, memory, line.detail)
+        if len(names) > 1:
+            return {name: cost for one in names for name, cost in measure([one], settings, peaks).items()}
+        problem = f"not measured: {type(error).__name__}: {error}".splitlines()[0]
+        return {names[0]: Cost(names[0], against, 0, 0, 0, 0, "", problem)}
+    found = {}
+    for name, seconds, share in zip(names, times, memory):
+        line = ratio(name, against, [seconds, plain], float("inf"), f"{settings.batch} rows a step")
+        found[name] = Cost(name, against, line.value, line.low or 0.0, line.high or 0.0, share, line.detail)
+    return found
+
+
+def _trainer(settings: Settings, entries: Sequence[Any], steps: int) -> Any:
+    import training_steps
+
+    return training_steps.trainer(settings, methods.build(entries), steps, orders=1)

@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 
 from retain.models.params import computes_bf16
 
+WARM_UP = 3  # steps of a training that are not counted
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -150,7 +152,7 @@ class Baton(TrainerCallback):
 def steps_in_turn(trainers: Sequence[Any]) -> list[list[float]]:
     """Seconds of every optimizer step of trainers that take steps in turn: A1 B1 A2 B2 …
 
-    The first step is left out: the optimizer makes its state in it.
+    The first steps are left out: in them the optimizer makes its state, and memory is used for the first time.
     """
     relay: list[Baton] = []
     threads = []
@@ -166,7 +168,7 @@ def steps_in_turn(trainers: Sequence[Any]) -> list[list[float]]:
     for baton in relay:
         if baton.error is not None:
             raise baton.error
-    return [baton.seconds[1:] for baton in relay]
+    return [baton.seconds[WARM_UP:] for baton in relay]
 
 
 class Memory(TrainerCallback):

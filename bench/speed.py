@@ -27,6 +27,7 @@ from typing import Any
 import method_costs
 from side_by_side import Company, Line, Settings
 
+_AT_ONCE = 3  # methods that take turns with what they are compared with: each has a model and an optimizer of its own
 ROWS = ("ewc", "ewc-memory", "ewc-autograd", "fisher", "distill", "distill-memory", "choice", "startup")
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
 HEAD = ("work", "against", "measured", "range", "at most", "met")
@@ -34,7 +35,7 @@ HEAD = ("work", "against", "measured", "range", "at most", "met")
 _TEXT = """# What it costs
 
 Written by `make bench`: {machine}, {day}, {model}, {numbers}.
-A ratio is the median over {repeats} pairs that were measured in turn in one process; the range is the smallest
+A ratio is the median over at least {repeats} pairs that were measured in turn in one process; the range is the smallest
 and the largest pair. Steps are optimizer steps of `ContinualTrainer` with the settings that `retain run` takes on
 this machine, full fine-tuning unless LoRA is said; a plain step is the same trainer without methods. Memory is
 what PyTorch's allocator hands out at the same time, weights included.
@@ -48,10 +49,10 @@ How each line was measured:
 _METHODS = """
 ## Every method
 
-One optimizer step and the peak memory of each method as its example uses it, in a first task, against the same
-training without it: `plain` is full fine-tuning, the other names are what the example combines it with. "Should be"
-counts passes: a plain step is a forward and a backward pass, and the backward one costs two forward ones. What a
-method does once, before or after training, is not in a step; its page says what that is.
+One optimizer step (rows of one order, about 50 tokens) and the peak memory of each method as its example uses it, in
+a first task, against the same training without it: `plain` is full fine-tuning, the other names are what the example
+combines it with. "Should be" counts passes: a plain step is a forward and a backward pass, and the backward one costs
+two forward ones. What a method does once, before or after training, is not in a step; its page says what that is.
 
 {table}
 """
@@ -186,11 +187,13 @@ def main(arguments: list[str] | None = None) -> int:
         rows = merged(given.out, circumstances, new)
         save(given.out, circumstances, rows, costs)
     peaks: dict[str, int] = {}
-    for name in [n for n in all_methods if n not in costs] if whole else given.methods or ():
+    pending = [n for n in all_methods if n not in costs] if whole else given.methods or ()
+    for group in method_costs.together(pending, _AT_ONCE):
         with Company() as others:
-            cost = method_costs.measure(name, settings, peaks)
-        costs[name] = replace(cost, detail=cost.detail + _company(others))
-        screen.print(" · ".join(costs[name].cells()), highlight=False)
+            found = method_costs.measure(group, settings, peaks)
+        for name, cost in found.items():
+            costs[name] = replace(cost, detail=cost.detail + _company(others))
+            screen.print(" · ".join(costs[name].cells()), highlight=False)
         save(given.out, circumstances, rows, costs)
     lines = [line for one in rows.values() for line in one]
     ordered = [costs[name] for name in all_methods if name in costs]

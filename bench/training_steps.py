@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
-from side_by_side import Line, Settings, in_turn, peak_bytes, ratio, steps_in_turn
+from side_by_side import WARM_UP, Line, Settings, in_turn, peak_bytes, ratio, steps_in_turn
 from transformers import PrinterCallback
 from trl import SFTConfig
 
 from retain import EWC, Distill, LoRA
 from retain.data import demo_tasks
-from retain.functional.penalties import quadratic_value
-from retain.methods.base import Method
+from retain.functional.penalties import add_quadratic_gradient, quadratic_value
+from retain.methods.base import Method, Stack
 from retain.methods.context import Batch, Run
 from retain.models import params
 from retain.models.load import load_model
@@ -39,15 +41,15 @@ class AutogradEWC(EWC):
         return value * batch.supervised.sum()  # the trainer divides a batch loss by the supervised tokens
 
 
-def training_rows(settings: Settings, count: int) -> Dataset:
+def training_rows(settings: Settings, count: int, orders: int = _ORDERS) -> Dataset:
     """Rows in chat form: the user's, or orders of the demo, several to a row."""
     if settings.data:
         from retain.data.tasks import load_task
 
         rows = load_task(settings.data).rows
         return rows.select(range(min(count, len(rows))))
-    single, _ = demo_tasks.rows("orders", count * _ORDERS, 1)
-    parts = [single[i : i + _ORDERS] for i in range(0, len(single), _ORDERS)]
+    single, _ = demo_tasks.rows("orders", count * orders, 1)
+    parts = [single[i : i + orders] for i in range(0, len(single), orders)]
     return Dataset.from_list(
         [
             {
@@ -59,8 +61,8 @@ def training_rows(settings: Settings, count: int) -> Dataset:
     )
 
 
-def trainer(settings: Settings, methods: Sequence[Method], steps: int) -> ContinualTrainer:
-    """A trainer as `retain run` makes it, on a model of its own."""
+def trainer(settings: Settings, methods: Sequence[Method], steps: int, orders: int = _ORDERS) -> ContinualTrainer:
+    """A trainer as `retain run` makes it, on a model of its own, with so many orders to a row."""
     model, tokenizer = load_model(settings.model)
     given = {
         "per_device_train_batch_size": settings.batch,
@@ -73,13 +75,22 @@ def trainer(settings: Settings, methods: Sequence[Method], steps: int) -> Contin
     lora = any(isinstance(method, LoRA) for method in methods)
     folder = tempfile.mkdtemp()
     own = {"output_dir": folder, "disable_tqdm": True, "seed": 1}
-    made = ContinualTrainer(
+    writer = Stack(methods).writer
+    host: Any = ContinualTrainer
+    if writer is None:
+        args: Any = SFTConfig(**arguments.complete(given, lora=lora), **own)
+    else:  # the model writes the answers that it learns from
+        from retain.training.on_policy import ContinualSDFTTrainer, sdft_arguments
+
+        whole = arguments.complete(given, lora=lora, on_policy=writer.name)
+        host, args = ContinualSDFTTrainer, sdft_arguments(whole | own, writer.fields())
+    made = host(
         model,
-        SFTConfig(**arguments.complete(given, lora=lora), **own),
-        train_dataset=training_rows(settings, settings.batch * (steps + 1)),
+        args,
+        train_dataset=training_rows(settings, settings.batch * (steps + 1), orders),
         processing_class=tokenizer,
         methods=methods,
-        old=training_rows(settings, settings.batch),
+        old=training_rows(settings, settings.batch, orders),
         run=Run(Path(folder), tokenizer=tokenizer, say=lambda line: None),
     )
     made.remove_callback(PrinterCallback)
@@ -93,20 +104,48 @@ def _size(made: ContinualTrainer) -> str:
 
 
 def _steps(settings: Settings, work: str, against: str, methods: list[Sequence[Method]], bound: float) -> list[Line]:
-    trainers = [trainer(settings, one, settings.repeats + 1) for one in methods]
-    detail = _size(trainers[0])
+    trainers = [trainer(settings, one, settings.repeats + WARM_UP) for one in methods]
+    detail = f"{_size(trainers[0])}, {settings.repeats} pairs"
     return [ratio(work, against, steps_in_turn(trainers), bound, detail)]
 
 
 def ewc(settings: Settings) -> list[Line]:
-    """A step with EWC against a plain one."""
-    return _steps(settings, "step with EWC", "plain step", [[EWC(strength=_STRENGTH)], []], 1.05)
+    """A step with EWC against a plain one; three times as many pairs, as the difference is small beside the noise."""
+    more = replace(settings, repeats=3 * settings.repeats)
+    return _steps(more, "step with EWC", "plain step", [[EWC(strength=_STRENGTH)], []], 1.05)
 
 
 def ewc_autograd(settings: Settings) -> list[Line]:
-    """A step with EWC against one with the same penalty in the loss."""
+    """EWC against the same penalty in the loss: as a part of a step, and the two penalties alone.
+
+    They take the same time whatever the batch is, so beside a long step both look alike. Steps are compared where it
+    is felt most, at one row; there, too, the optimizer's own sweeps over the weights are most of it.
+    """
+    small = replace(settings, batch=1, repeats=3 * settings.repeats)
     methods = [[EWC(strength=_STRENGTH)], [AutogradEWC(strength=_STRENGTH)]]
-    return _steps(settings, "step with EWC", "the same penalty through autograd", methods, 0.65)
+    against = "the same penalty through autograd"
+    return [*_steps(small, "step with EWC, one row", against, methods, 0.65), _penalty(small, against)]
+
+
+def _penalty(settings: Settings, against: str) -> Line:
+    model, _ = load_model(settings.model, tokenizer=False)
+    weights = list(params.trainable(model).values())
+    held = [w.detach() for w in weights]
+    anchors, importance = [w + 1e-3 for w in held], [torch.rand_like(w) for w in held]
+    gradients = [torch.randn_like(w) for w in held]
+    for w, gradient in zip(weights, gradients):
+        w.grad = gradient
+
+    def ours(i: int) -> None:
+        add_quadratic_gradient(gradients, held, anchors, importance, _STRENGTH, True)
+
+    def usual(i: int) -> None:
+        quadratic_value(weights, anchors, importance, _STRENGTH).backward()
+
+    for warm_up in (ours, usual):
+        warm_up(0)
+    detail = f"value and gradient for {sum(w.numel() for w in held):,} weights, {settings.repeats} pairs"
+    return ratio("the penalty of EWC alone", against, in_turn(ours, usual, settings.repeats), 0.65, detail)
 
 
 def ewc_memory(settings: Settings) -> list[Line]:

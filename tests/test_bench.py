@@ -67,20 +67,40 @@ def test_methods_are_measured_once_and_told(tiny_folder, tmp_path, capsys, monke
 
 def test_a_method_that_keeps_a_copy_needs_more_memory(settings):
     peaks: dict[str, int] = {}
-    cost = method_costs.measure("ewc", settings, peaks)
+    cost = method_costs.measure(["ewc"], settings, peaks)["ewc"]
     assert not cost.problem
     copies = sum(p.numel() * p.element_size() for p in training_steps.load_model(settings.model)[0].parameters())
     assert cost.memory * peaks["plain"] >= peaks["plain"] + copies  # importance; the anchor is the trainer's own
 
 
 def test_a_method_that_cannot_be_trained_hides_no_other(settings, monkeypatch):
-    def fail(*args, **kwargs):
-        raise ArithmeticError("broken\nin two")
+    whole = training_steps.trainer
 
-    monkeypatch.setattr(training_steps, "trainer", fail)
-    cost = method_costs.measure("ewc", settings, {})
-    assert not cost.met
-    assert cost.cells()[-1] == "not measured: ArithmeticError: broken"
+    def trainer(settings, methods, *args, **kwargs):
+        if any(method.name == "l2sp" for method in methods):
+            raise ArithmeticError("broken\nin two")
+        return whole(settings, methods, *args, **kwargs)
+
+    monkeypatch.setattr(training_steps, "trainer", trainer)
+    costs = method_costs.measure(["ewc", "l2sp"], settings, {})
+    assert costs["ewc"].step > 0
+    assert not costs["ewc"].problem
+    assert not costs["l2sp"].met
+    assert costs["l2sp"].cells()[-1] == "not measured: ArithmeticError: broken"
+
+
+def test_methods_share_a_measurement_where_they_are_compared_with_the_same():
+    groups = method_costs.together(["ewc", "olora", "l2sp", "slao", "mas"], 2)
+    assert groups[:2] == [["ewc", "l2sp"], ["mas"]]
+    every = [name for group in method_costs.together(method_costs.names(), 3) for name in group]
+    assert sorted(every) == sorted(method_costs.names())
+
+
+def test_a_method_that_writes_its_answers_is_measured_with_its_own_trainer(settings):
+    cost = method_costs.measure(["sdft"], settings, {})["sdft"]
+    assert not cost.problem
+    assert cost.against == "lora"
+    assert cost.step > 1
 
 
 def test_a_step_above_what_it_should_take_is_told():
@@ -151,7 +171,7 @@ def test_both_ways_to_ewc_train_the_same(settings):
             p.data = p.data.double()
         trainer.args.max_grad_norm = 0
     times = side_by_side.steps_in_turn(made)
-    assert [len(one) for one in times] == [3, 3]
+    assert [len(one) for one in times] == [4 - side_by_side.WARM_UP] * 2
     start = made[0].run.start
     one, other = (dict(trainer.model.named_parameters()) for trainer in made)
     plain = training_steps.trainer(settings, [], 4)
