@@ -18,6 +18,7 @@ from retain.functional.statistics import Interval, two_level_interval
 from retain.report.front import pareto
 
 REACHED = 0.95  # of the new-task score of plain training
+SHORT = "does not reach the new score"
 
 Table = NDArray[np.float64]
 
@@ -76,14 +77,15 @@ def judge(point: Point, naive: Sequence[Point], reference: float, confidence: fl
         reference: new-task score of plain training; `REACHED` of it is asked for.
     """
     difference = interval(point.lost - plain_loss(naive, point.learned), confidence)
-    if point.learned < REACHED * reference:
-        word = "does not reach the new score"
-    elif difference.high < 0:
+    if difference.high < 0:
         word = "forgets less"
     elif difference.low > 0:
         word = "forgets more"
     else:
         word = "cannot tell"
+    if point.learned < REACHED * reference:
+        as_little = plain_front(naive)[0].learned <= point.learned  # some plain training learned as little
+        word = SHORT + (", forgets less even so" if as_little and difference.high < 0 else "")
     return Verdict(interval(point.new, confidence), interval(point.lost, confidence), difference, word)
 
 

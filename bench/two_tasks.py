@@ -39,6 +39,9 @@ PILOTS = (1000, 1001)  # settings are chosen on these seeds, which are not in th
 STEPS, BATCH, ROWS, OLD = 100, 16, 512, 96
 MARGIN = 0.97  # of plain training's new-task score, asked for on the pilots; 0.95 in the table
 RATE = 1e-3  # with and without an adapter
+
+Setting = dict[str, Any]  # recipe, rate (× the usual one), share (of the steps), knob (as text)
+
 #: The knob of a method, weakest value first, where it is not `strength`; a method without any gets learning rates.
 LADDERS: dict[str, tuple[str, list[Any]]] = {
     "freeze": ("share", [0.25, 0.5, 0.75]),
@@ -54,15 +57,17 @@ LADDERS: dict[str, tuple[str, list[Any]]] = {
     "stm": ("threshold", [100.0, 20.0, 5.0, 2.5]),
     "subspace": ("share", [0.25, 0.5, 0.75, 0.9]),
 }
+#: What the world's 62 tokens need otherwise than the examples.
+SMALL: dict[str, dict[str, Any]] = {"der": {"top_k": 16}}
+#: Methods that say nothing in this world, and why.
+LEFT_OUT = {"sdft": "its teacher is the model with the right answer in its prompt, which two layers cannot make use of"}
 _TENS = (-4, -3, -2, -1, 0, 1, 2, 3)
 _SLOWER = [1.0, 0.5, 0.25]
-
-Setting = dict[str, Any]  # recipe, rate (× the usual one), share (of the steps), knob (as text)
 
 
 def ladder(name: str) -> tuple[list[Setting], int]:
     """Settings of a method, weakest first, and the place of the usual one."""
-    own, fields = recipe(name), methods.load(name).Config.model_fields
+    own, fields = changed(recipe(name), name, **SMALL.get(name, {})), methods.load(name).Config.model_fields
     usual = next(m for m in methods.build(own) if m.name == name).config
     if name in LADDERS and LADDERS[name][0] in fields:
         knob, values = LADDERS[name]
@@ -282,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 3
     rows, missing, failed = [], [], {}
     for name in names:
-        if name == "none":
+        if name == "none" or name in LEFT_OUT:
             continue
         try:
             rows.append(measured(name, store if name in given.only else kept, given.seeds))
@@ -292,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:  # a method that cannot be trained here is a line of the table, not its end
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             say(f"{name}: {failed[name]}")
-    write(given.page, two_tasks_page.page(plain, rows, failed, missing, given.seeds, OLD))
+    write(given.page, two_tasks_page.page(plain, rows, failed | LEFT_OUT, missing, given.seeds, OLD))
     left = [name for name in missing if name in given.only]
     if left:
         say(f"The budget is spent; missing: {', '.join(left)}. The same command goes on.")

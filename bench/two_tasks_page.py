@@ -40,7 +40,8 @@ methods that give little weight to such tokens (`eaft`, `stm`, `flow`, `dft`) ar
   Plain training is swept over learning rates and early stopping ({settings} settings, below); between two of its
   best settings stands their mixture.
 - **verdict**: *does not reach the new score* where less than {reached:.0%} of what plain training learns at the usual
-  rate is learned; otherwise from the difference's interval. Of forty verdicts at 95 % about two are wrong by chance.
+  rate is learned (and that it forgets less even so, where that is certain); otherwise from the difference's
+  interval. Of forty verdicts at 95 % about two are wrong by chance.
 
 Brackets are 95 % intervals over seeds and items: what to expect of the next seed in *this* world. s: seconds for both
 tasks together, on one core.
@@ -91,7 +92,7 @@ def page(
     """The text of the page; methods that forget least come first, those that learn too little last."""
     found = [(row, verdict(row, plain)) for row in rows]
     found.sort(key=lambda pair: (pair[1].word.startswith("does not"), pair[1].difference.value))
-    notes = [f"- {name} could not be trained: {problem}" for name, problem in failed.items()]
+    notes = [f"- `{name}` is not in the table: {problem}." for name, problem in failed.items()]
     if missing:
         notes.append(f"- Not measured yet: {', '.join(missing)}.")
     front = {point.label for point in plain_front([p.point for p in plain])}

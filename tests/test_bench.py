@@ -179,9 +179,9 @@ def test_both_ways_to_ewc_train_the_same(settings):
         p.data = p.data.double()
     plain.args.max_grad_norm = 0
     plain.train()
-    far = sum(float((p - one[name]).abs().sum()) for name, p in plain.model.named_parameters())
-    near = sum(float((p - one[name]).abs().sum()) for name, p in other.items())
-    moved = sum(float((p - start[name]).abs().sum()) for name, p in one.items())
+    far = sum(float((p - one[name]).detach().abs().sum()) for name, p in plain.model.named_parameters())
+    near = sum(float((p - one[name]).detach().abs().sum()) for name, p in other.items())
+    moved = sum(float((p - start[name]).detach().abs().sum()) for name, p in one.items())
     assert 0 < far < moved
     assert near < 1e-3 * far
 

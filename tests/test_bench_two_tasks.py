@@ -137,6 +137,9 @@ def test_verdicts():
         for mine in (point(1.0, 0.1), point(1.0, 1.0), point(0.975, 0.875), point(0.5, 0.0))
     }
     assert list(words) == ["forgets less", "forgets more", "cannot tell", "does not reach the new score"]
+    naive += [point(0.4, 0.3)]  # now there is plain training that learns as little
+    short = [matched.judge(point(0.5, lost), naive, 1.0).word for lost in (0.0, 0.9)]
+    assert short == ["does not reach the new score, forgets less even so", "does not reach the new score"]
 
 
 def test_a_setting_that_only_learns_less_forgets_no_less():
@@ -177,7 +180,7 @@ def test_a_method_that_fails_is_a_line_of_the_table(quick, tmp_path, monkeypatch
     page = tmp_path / "two_tasks.md"
     given = ["--seeds", "0", "1", "--out", str(tmp_path / "out"), "--page", str(page), "--only", "l2sp"]
     assert two_tasks.main(given) == 1
-    assert "l2sp could not be trained: ArithmeticError: broken\n" in page.read_text()
+    assert "`l2sp` is not in the table: ArithmeticError: broken.\n" in page.read_text()
 
 
 def test_what_is_there_is_measured_again_when_asked(tmp_path, monkeypatch):
