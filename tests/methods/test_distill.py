@@ -82,7 +82,7 @@ def taught_by(kind, model, run, settings):
         method = Distill(strength=STRENGTH, teacher="ema", decay=0.6, **settings)
         method.on_task_start(model, run)
         weights = {name: 0.6 * run.start[name] + 0.4 * p.detach() for name, p in params.trainable(model).items()}
-        method.on_step_end(model, run)
+        method.see_step(model, run)
     else:
         method.on_task_start(model, run)
         other = copy.deepcopy(model)
@@ -267,8 +267,8 @@ class Trail(Distill):
 
     name = "distill"
 
-    def on_step_end(self, model, run):
-        super().on_step_end(model, run)
+    def see_step(self, model, run):
+        super().see_step(model, run)
         self.trail = [*getattr(self, "trail", []), params.snapshot(params.trainable(model))]
 
 

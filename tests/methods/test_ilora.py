@@ -17,8 +17,8 @@ class Watched(ILoRA):
 
     name = "ilora"
 
-    def on_step_end(self, model, run):
-        super().on_step_end(model, run)
+    def see_step(self, model, run):
+        super().see_step(model, run)
         self.fast.append(params.snapshot(params.trainable(model)))
         self.slows.append({name: t.clone() for name, t in self.slow.items()})
 
@@ -36,7 +36,7 @@ class Watched(ILoRA):
 class Released(Watched):
     """As in the released code: the fast adapter is averaged with itself, under the name of the slow one."""
 
-    def on_step_end(self, model, run):
+    def see_step(self, model, run):
         learning = params.trainable(model)
         copy = {name: p.detach().clone() for name, p in learning.items()}
         with torch.no_grad():

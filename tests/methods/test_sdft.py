@@ -190,8 +190,8 @@ class Trail(SDFT):
 
     name = "sdft"
 
-    def on_step_end(self, model, run):
-        super().on_step_end(model, run)
+    def see_step(self, model, run):
+        super().see_step(model, run)
         self.trail = [*getattr(self, "trail", []), params.snapshot(params.trainable(model))]
 
 

@@ -16,8 +16,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def started(folder, model=None, **settings):
     """A trainer whose methods have begun, as before step 1."""
     made = trainer([Shield(**settings)], folder, model)
-    made.run.start = params.snapshot(params.trainable(made.model))
     with params.evaluating(made.model):
+        made.stack.on_model_ready(made.model, made.run)
+        made.run.start = params.snapshot(params.trainable(made.model))
         made.stack.on_task_start(made.model, made.run)
     return made, made.stack.methods[0]
 
@@ -113,24 +114,25 @@ def test_a_continued_run_shields_what_it_shielded_before(tmp_path):
     made = trainer([Shield()], tmp_path / "again", old=rows(12, 3))  # other old rows: the scores would differ
     made.run.start = params.snapshot(params.trainable(made.model))
     fresh = made.stack.methods[0]
-    fresh.load_state_dict(state)
     made.run.restored = True
     made.run.old_rows = lambda *args: pytest.fail("statistics were made again")
+    fresh.on_model_ready(made.model, made.run)
+    fresh.load_state_dict(state)
     fresh.on_task_start(made.model, made.run)
     assert same_bits(fresh.state_dict(), state)
 
 
 def test_an_adapter_that_has_learned_and_nothing_to_shield_are_errors(tmp_path):
     made = trainer([LoRA(r=2), Shield()], tmp_path)
-    made.run.start = params.snapshot(params.trainable(made.model))
-    next(t for name, t in made.run.start.items() if "lora_B" in name)[0, 0] = 1
+    with torch.no_grad():
+        next(t for name, t in made.model.named_parameters() if "lora_B" in name)[0, 0] = 1
     with pytest.raises(ConfigError, match=r"methods\.shield: an adapter has learned before") as caught:
-        made.stack.on_task_start(made.model, made.run)
+        made.stack.on_model_ready(made.model, made.run)
     assert "\n" not in str(caught.value)
     for name, p in made.model.named_parameters():
         p.requires_grad_("norm" in name)
     with pytest.raises(ConfigError, match=r"methods\.shield: no linear layer learns"):
-        made.stack.on_task_start(made.model, made.run)
+        made.stack.on_model_ready(made.model, made.run)
 
 
 def test_layers_that_no_old_row_reaches_are_left_free(tmp_path, monkeypatch):

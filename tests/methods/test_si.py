@@ -56,13 +56,13 @@ def test_it_takes_the_gradient_before_the_pull_and_before_clipping(tmp_path):
     slopes, moves = ({n: torch.randn_like(p) for n, p in learning.items()} for _ in range(2))
     for name, p in learning.items():
         p.grad = slopes[name].clone()
-    method.edit_gradients(made.model, made.run)
+    made.stack.edit_gradients(made.model, made.run)
     assert any((p.grad - slopes[n]).abs().max() > 1e-3 for n, p in learning.items()), "the pull does not act"
     with torch.no_grad():
         for name, p in learning.items():
             p.grad *= 0.01
             p += 0.1 * moves[name]
-    method.on_step_end(made.model, made.run)
+    made.stack.on_step_end(made.model, made.run)
     for name in learning:
         wanted = before[name] - slopes[name] * 0.1 * moves[name]
         torch.testing.assert_close(method._drops[name], wanted, rtol=1e-3, atol=1e-5)
@@ -204,3 +204,11 @@ def test_too_stiff_for_sgd_is_an_error(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="damping"):
         SI(damping=0)
+
+
+@pytest.mark.parametrize("form", ["gradient", "proximal"])
+def test_without_a_prior_the_first_task_is_plain_with_an_adapter_too(form, tmp_path):
+    """All-zero importance of a product must not become 0/0, whatever the adapter's scale."""
+    plain = train([LoRA(r=2, alpha=64)], tmp_path / "plain")
+    held = train([LoRA(r=2, alpha=64), SI(prior=0.0, form=form)], tmp_path / "held")
+    assert distance(stored(plain.model), stored(held.model)) < 1e-7

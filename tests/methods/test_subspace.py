@@ -22,6 +22,8 @@ def loop(model, method, steps, optimizer=torch.optim.AdamW, edit=lambda layers: 
     """Training by hand on random tokens; the projected layers and their starting weights."""
     optimizer = optimizer(params.trainable(model).values(), lr=1e-2, **settings)
     run = Run(directory=None, model=model, moments=lambda p: dict(optimizer.state.get(p, {})), say=lambda line: None)
+    if method is not None:
+        method.on_model_ready(model, run)
     run.start, run.logging_now = params.snapshot(params.trainable(model)), False
     if method is not None:
         method.on_task_start(model, run)
@@ -185,8 +187,7 @@ def test_free_directions_are_said(tmp_path):
     made = trainer([Subspace(share=0.25)], tmp_path)
     said = []
     made.run.say = said.append
-    made.run.start = params.snapshot(params.trainable(made.model))
-    made.stack.on_task_start(made.model, made.run)
+    made.stack.on_model_ready(made.model, made.run)
     shapes = [layer.shape for layer in passes.linear_layers(made.model)]
     free = sum(1 - round(0.25 * min(shape)) / shape[1] for shape in shapes) / 14
     assert said[-1] == f"subspace: 14 weights are held; {free:.0%} of input directions stay free."
@@ -201,9 +202,9 @@ def test_what_cannot_be_held_is_an_error(case, match):
         model = LoRA(r=2, dora=case == "dora").prepare_model(model, Run(directory=None))
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and (case != "frozen" or "norm" in name))
-    run = Run(directory=None, start=params.snapshot(params.trainable(model)))
     if case == "learned":
-        next(t for name, t in run.start.items() if "lora_B" in name)[0, 0] = 1
+        with torch.no_grad():
+            next(t for name, t in model.named_parameters() if "lora_B" in name)[0, 0] = 1
     with pytest.raises(ConfigError, match=rf"methods\.subspace: .*{match}") as caught:
-        Subspace().on_task_start(model, run)
+        Subspace().on_model_ready(model, Run(directory=None))
     assert "\n" not in str(caught.value)

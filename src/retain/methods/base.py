@@ -51,6 +51,8 @@ class Method:
     swaps_weights: ClassVar[bool] = False  # runs the model with other weights in place: refused on shards
     adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
     adds_on_top: ClassVar[bool] = False  # of those, the ones to come after what wraps the model, which freezes the rest
+    restrains_steps: ClassVar[bool] = False  # its `on_step_end` takes back a part of the step: after those that add one
+    finishes_last: ClassVar[bool] = False  # its `finish_model` moves what others leave
     repeats_batches: bool = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
     on_policy: ClassVar[str] = ""  # why there are no supervised tokens: it learns from answers that the model writes
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
@@ -144,19 +146,25 @@ class Method:
         global token count as the main loss, so accumulation and ranks cannot change its weight."""
         return None
 
+    def see_gradients(self, model: torch.nn.Module, run: Run) -> None:
+        """Look at `.grad`, once per optimizer step, on the reduced gradient, before any method edits it."""
+
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         """Change `.grad` in place, once per optimizer step, on the reduced gradient, before clipping."""
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
-        """After the optimizer moved the weights (not called for a skipped step)."""
+        """Move the weights after the optimizer did (not called for a skipped step)."""
+
+    def see_step(self, model: torch.nn.Module, run: Run) -> None:
+        """Look at the weights when all methods have moved them: record, average, measure."""
 
     # -- once per task, after training -------------------------------------------------------------------
-    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
-        """Consolidate: fill buffers, update importances."""
-
     def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
-        """Change the final weights; called in reverse order."""
+        """Change the final weights; those with `finishes_last` come last."""
         return model
+
+    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
+        """Consolidate at the final weights: fill buffers, update importances, keep what the next task needs."""
 
     # -- resume ------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -172,7 +180,7 @@ class Method:
 
 
 class Stack(Method):
-    """Several methods as one. Losses are kept apart by name, edits run in order, `finish_model` in reverse.
+    """Several methods as one. Losses are kept apart by name; edits run in the order of the list.
 
     Raises:
         ConfigError: two methods that clash, or the same method twice.
@@ -278,22 +286,26 @@ class Stack(Method):
 
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:
+            method.see_gradients(model, run)
+        for method in self.methods:
             method.edit_gradients(model, run)
             if type(method).edit_gradients is not Method.edit_gradients:
                 run.plain_gradient = False
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
-        for method in self.methods:
+        for method in sorted(self.methods, key=lambda m: m.restrains_steps):
             method.on_step_end(model, run)
+        for method in self.methods:
+            method.see_step(model, run)
+
+    def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+        for method in sorted(self.methods, key=lambda m: m.finishes_last):
+            model = method.finish_model(model, run)
+        return model
 
     def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:
             method.on_task_end(model, run)
-
-    def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
-        for method in reversed(self.methods):
-            model = method.finish_model(model, run)
-        return model
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {f"{m.name}/{key}": value for m in self.methods for key, value in m.state_dict().items()}

@@ -125,7 +125,7 @@ class Distill(Distilling, Method):
         past, labels = self._teacher.hidden(inputs)[:, :-1][predicts], inputs["input_ids"][:, 1:][predicts]
         return self._weighed(student, past, labels, run) / float(tokens) * run.step_tokens
 
-    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+    def see_step(self, model: torch.nn.Module, run: Run) -> None:
         if isinstance(self._teacher, Average):
             self._teacher.update()
 

@@ -91,7 +91,7 @@ class ILoRA(Method):
         return self.config.consistency * (fast.to(wide) - target.to(wide)).square().mean(-1).sum()
 
     @torch.no_grad()
-    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+    def see_step(self, model: torch.nn.Module, run: Run) -> None:
         arrived = 1 - self.config.decay**run.max_steps
         if run.step == 0 and arrived < 0.8:
             run.say(

@@ -27,6 +27,7 @@ class Interpolate(Method):
     """Weights between the start and the end of training."""
 
     family = "merging"
+    finishes_last = True
     paper = "arXiv:2109.01903"
 
     class Config(MethodConfig):

@@ -8,7 +8,7 @@ Deviations from the paper: works over any optimizer with a first moment; what is
     bit for bit, weight decay included (the authors' code decays every weight at every step). Ties go by place.
 Needs: nothing.
 Cost: one copy of the trained matrices during a step; one selection per matrix and step.
-Combine with: replay, distill, ewc, interpolate; list it last, so that it also filters what others do after a step.
+Combine with: replay, distill, ewc, interpolate.
 Conflicts: none.
 Tune: `share` 0.05–0.2; smaller keeps more and learns more slowly. Little to gain with `lora`.
 """
@@ -31,6 +31,7 @@ class MoFO(Method):
     family = "gradients"
     paper = "arXiv:2407.20999"
     edits_gradients = True
+    restrains_steps = True
     off = {"share": 1.0}
 
     class Config(MethodConfig):

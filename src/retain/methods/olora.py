@@ -12,8 +12,7 @@ Deviations from the paper: `form: squared` is the penalty of the paper, `absolut
     and is plain LoRA: nothing protects what the model could do before.
 Needs: nothing; acts from the second task on.
 Cost: r·in stored weights per layer and earlier task; O(r² · in · tasks) per layer and step.
-Combine with: replay, distill, lora (its settings; without it an adapter of default settings). List it before
-    methods that change the final weights, so that it keeps what they leave.
+Combine with: replay, distill, lora (its settings; without it an adapter of default settings).
 Conflicts: slao and shared_lora (which begin a task in the directions of the one before), packnet (which keeps
     single weights), blocks (which trains whole ones).
 Tune: `strength` 0.1–10; watch `loss/olora`, which starts at about strength and should fall.
@@ -89,7 +88,6 @@ class OLoRA(Method):
                 slope = overlap_gradient(pair.A, others, c.form)
                 pair.A.grad.add_(slope.to(pair.A.grad.dtype), alpha=c.strength * self._weight)
 
-    def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
         factors = {name: pair.A.detach() for name, pair in params.lora_pairs(model).items()}
         adapters.keep(factors, run.shared_folder / self.name, run.task_index)
-        return model

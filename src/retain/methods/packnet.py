@@ -18,7 +18,7 @@ Needs: the task's name when it is asked later.
 Cost: a byte per weight in memory, and per task on disk; gradients of all matrices of the layers are computed.
 Combine with: replay, distill, freeze, ewc, interpolate.
 Conflicts: lora, olora, ilora, slao, shared_lora (an adapter changes all weights of a layer together, so that no part
-    can be kept), blocks, bottleneck (what learns is new in every task).
+    can be kept), blocks, bottleneck (what learns is new in every task), subspace (no step obeys both).
 Tune: `keep` 0.25–0.5 (the paper's), about 1 / number of tasks; task t gets keep · (1 − keep)^(t−1) of all.
 """
 
@@ -43,6 +43,7 @@ class PackNet(Method):
     paper = "arXiv:1711.05769"
     conflicts = frozenset({"lora", "olora", "ilora", "slao", "blocks", "bottleneck"})
     edits_gradients = True
+    restrains_steps = True
     off = {"keep": 0.0}
 
     class Config(MethodConfig):

@@ -145,7 +145,7 @@ class Prioritised(Method):
         own = weights.to(wide).to(mine.device)[mine.clamp(min=0)]
         return torch.where(mine >= 0, own, torch.ones_like(own))
 
-    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+    def see_step(self, model: torch.nn.Module, run: Run) -> None:
         if self.priorities is None or not self.priorities.step_done(run.step):
             return
         chosen = self.priorities.to_measure(self.config.measure_rows)

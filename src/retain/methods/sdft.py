@@ -150,7 +150,7 @@ class SDFT(Method):
         start = self._average if run.restored else run.start
         return Average(model, start, 1 - found["teacher_update_rate"])
 
-    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+    def see_step(self, model: torch.nn.Module, run: Run) -> None:
         if isinstance(self.teacher, Average):
             self.teacher.update()
 

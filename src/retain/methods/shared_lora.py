@@ -39,6 +39,7 @@ class SharedLoRA(Method):
     paper = "arXiv:2106.09685, eq. 3"
     adds_parameters = True
     edits_gradients = True
+    restrains_steps = True
     conflicts = frozenset({"olora", "slao", "interpolate", "subspace", "shield", "packnet", "blocks"})
     off = {"r": 0}
 
@@ -133,13 +134,12 @@ class SharedLoRA(Method):
             pair.B[:, part.stop :] = still["B"].to(pair.B)
 
     @torch.no_grad()
-    def finish_model(self, model: torch.nn.Module, run: Run) -> torch.nn.Module:
+    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
         left = dict(self._kept)
         for name, (pair, part) in self._parts.items():
             left[f"{name}.A"], left[f"{name}.B"] = pair.A[part], pair.B[:, part]
             left[f"{name}.scaling"] = torch.tensor(pair.scaling)
         adapters.keep(left, run.shared_folder / self.name, run.task_index)
-        return model
 
 
 def _ranks(model: Any) -> dict[str, int]:

@@ -8,8 +8,9 @@ Deviations from the paper: works with LoRA, by holding columns of A at 0. Embedd
     rows of special tokens, which stay as in the authors' code; norms and biases learn.
 Needs: old rows once: the user's, or written by the model.
 Cost: one pass over `samples` rows per task; O(parameters) per step.
-Combine with: replay, distill, lora, ewc; list it last, so that it also undoes what others do after a step.
-Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight).
+Combine with: replay, distill, lora, ewc.
+Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight),
+    subspace (which holds directions: no step obeys both).
 Tune: `share` 0.5; more keeps more and learns less.
 """
 
@@ -35,6 +36,7 @@ class Shield(Method):
     paper = "arXiv:2512.04844"
     conflicts = frozenset({"slao"})
     edits_gradients = True
+    restrains_steps = True
     off = {"share": 0.0}
 
     class Config(MethodConfig):
@@ -51,26 +53,33 @@ class Shield(Method):
         super().__init__(**options)
         self._masks: Tensors = {}
 
-    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+    def on_model_ready(self, model: torch.nn.Module, run: Run) -> None:
+        """Choose the columns, and empty those of an adapter's A: it changes nothing, as B is 0."""
         layers = passes.linear_layers(model)
         if not layers:
             raise ConfigError("methods.shield: no linear layer learns. Remove shield, or freeze less.")
-        if not passes.new_adapters(model, run.start):
+        if not passes.new_adapters(model, params.trainable(model)):
             raise ConfigError("methods.shield: an adapter has learned before. Merge it, and begin with a new one.")
+        self._factors = {id(layer.pair.A) for layer in layers if layer.pair}
+        if run.restored:
+            return  # the checkpoint has the columns, and A as it was
         names = {id(p): name for name, p in params.trainable(model).items()}
-        if not run.restored or not self._masks:
-            self._masks = self._columns(model, run, layers, names)
+        self._masks = self._columns(model, run, layers, names)
+        for name, parameter in params.trainable(model).items():
+            if name in self._masks and id(parameter) in self._factors:
+                with torch.no_grad():
+                    parameter.masked_fill_(self._masks[name].to(parameter.device).bool(), 0)
+
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         self._held = []  # (θ, θ*, mask)
-        factors = {id(layer.pair.A) for layer in layers if layer.pair}
         for name, parameter in params.trainable(model).items():
             if name in self._masks:
-                start = torch.zeros_like(parameter) if id(parameter) in factors else run.start[name].to(parameter)
+                start = torch.zeros_like(parameter) if id(parameter) in self._factors else run.start[name].to(parameter)
                 self._held.append((parameter, start, self._masks[name].to(parameter.device).bool()))
-        self._put_back()  # with LoRA: A begins with columns of 0, which changes nothing, as B is 0
         total = sum(p.numel() for p in params.trainable(model).values())
         held = sum(int(mask.sum()) * (p.numel() // mask.numel()) for p, _, mask in self._held)
         run.say(
-            f"shield: {self.config.share:.0%} of the columns of {len(layers)} weights stay as they are; "
+            f"shield: {self.config.share:.0%} of the columns of {len(self._held)} weights stay as they are; "
             f"{total - held:,} of {total:,} trainable parameters learn."
         )
 

@@ -4,7 +4,8 @@
 
 (Synaptic Intelligence, Zenke, Poole, Ganguli 2017, arXiv:1703.04200, eq. 3 to 5.) θ* = weights at the start of the
 task, ω = what a weight earned of the drop in loss during a task, recorded while it is learned: g = gradient of the
-loss before clipping and without the pull, Δθ = what the optimizer really moved, Δ = move over the whole task. The
+loss before clipping and before any method edits it, Δθ = the move of the step as all methods leave it, Δ = move over
+the whole task, as the task leaves it. The
 task's Ω begins to hold when the next task starts. With LoRA the pull is on the product ΔW = s·BA with the rank-1
 importance r cᵀ / Σr, r from what the moves of B earned by row, c from what those of A earned by column. What the
 tasks before left is multiplied by `decay` when a task is added; 1, the paper's form, adds up.
@@ -15,8 +16,8 @@ Deviations from the paper: before the first task every weight has the importance
     weight decay.
 Needs: nothing.
 Cost: five copies of the trainable weights (with LoRA of the factors); no pass over data; O(parameters) per step.
-Combine with: replay, distill, lora, freeze, ewc, interpolate. List it before other methods that edit gradients, whose
-    part would be recorded with the task's. With `l2sp` set `prior: 0`, or the same pull acts twice.   Conflicts: none.
+Combine with: replay, distill, lora, freeze, ewc, interpolate. With `l2sp` set `prior: 0`, or the same pull acts twice.
+Conflicts: none.
 Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3.
 """
 
@@ -75,13 +76,12 @@ class SI(Remembering, Method):
         self._drops = drops
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # parameter → gradient and weights
 
-    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
+    def see_gradients(self, model: torch.nn.Module, run: Run) -> None:
         learning = params.trainable(model).values()
         self._before = {id(p): (p.grad.clone(), p.detach().clone()) for p in learning if p.grad is not None}
-        super().edit_gradients(model, run)
 
     @torch.no_grad()
-    def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
+    def see_step(self, model: torch.nn.Module, run: Run) -> None:
         for name, p in params.outside_lora(model).items():
             if id(p) in self._before:
                 self._drops[name] += path_integral.drop(*self._before[id(p)], p)
@@ -90,7 +90,6 @@ class SI(Remembering, Method):
                 if id(p) in self._before:
                     self._drops[key] += path_integral.drop(*self._before[id(p)], p).sum(within)
         self._before.clear()
-        super().on_step_end(model, run)
 
     @torch.no_grad()
     def importance(self, model: torch.nn.Module, run: Run) -> params.Tensors:
@@ -107,6 +106,8 @@ class SI(Remembering, Method):
         whole = sum(float(s.double().sum()) for s in squares.values()) + sum(
             float(r.sum()) for r, _ in products.values()
         )
+        if whole == 0:  # all was taken back: what is left has earned nothing
+            return importance.even(model, 0.0)
         damping = self.config.damping * whole / count
         found = fisher.Importance(estimator="path")
         for name in dense:

@@ -40,6 +40,7 @@ class SLAO(Method):
     paper = "arXiv:2512.23017"
     adds_parameters = True
     edits_gradients = True
+    restrains_steps = True
     conflicts = frozenset({"olora", "ilora", "interpolate"})
     off = {"weight": "none"}
 

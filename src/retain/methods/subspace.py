@@ -10,8 +10,9 @@ Deviations from the paper: the realised step is projected, and so is the first m
     only their outer product, and every layer has the same share. Embeddings, head and norms are not held; see freeze.
 Needs: nothing; with `energy` old rows once.
 Cost: one SVD per matrix and task; two pairs of thin products per matrix and step; with `energy` a pass over old rows.
-Combine with: lora, freeze, replay, distill; list it last, so that it sees what others do after a step.
-Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight).
+Combine with: lora, freeze, replay, distill; list it after mofo and unfreeze, so that its projection comes last.
+Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight),
+    shield and packnet (which hold single weights: no step obeys both).
 Tune: `share` 0.5–0.9, more keeps more; `energy` 0.9–0.99. In bfloat16 weights, rounding lets a little through.
 """
 
@@ -38,8 +39,9 @@ class Subspace(Method):
 
     family = "gradients"
     paper = "arXiv:2504.07097"
-    conflicts = frozenset({"slao"})
+    conflicts = frozenset({"slao", "shield", "packnet"})
     edits_gradients = True
+    restrains_steps = True
     off = {"share": 0.0, "energy": 0.0}
 
     class Config(MethodConfig):
@@ -52,33 +54,39 @@ class Subspace(Method):
         batch_size: int = Field(8, ge=1)
         """Rows per pass over them; the directions do not depend on it."""
 
-    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+    def on_model_ready(self, model: torch.nn.Module, run: Run) -> None:
+        """Find the directions, and take an adapter's A out of them."""
         layers = passes.linear_layers(model)
-        self._check(model, run, layers)
+        self._check(model, layers)
         self._known = self._old_directions(model, run, layers) if self.config.energy else {}
-        names = {id(p): name for name, p in params.trainable(model).items()}
-        self._held: list[tuple[torch.nn.Parameter, torch.Tensor | None, Any, Any]] = []  # (θ, θ*, U, V)
+        self._sides: list[tuple[torch.nn.Parameter, bool, Any, Any]] = []  # (θ, whether from 0, U, V)
         free = []
         for layer in layers:
-            start = None if layer.pair else run.start[names[id(layer.weight)]].to(layer.weight.device)
-            left, right = self._bases(layer, layer.weight.detach() if start is None else start)
+            left, right = self._bases(layer, layer.weight.detach())
             free.append(1 - right.shape[1] / len(right))
             if layer.pair:
                 a, b = layer.pair.A, layer.pair.B
-                self._held += [(b, None, left.to(_dtype(b)), None), (a, None, None, right.to(_dtype(a)))]
+                self._sides += [(b, True, left.to(_dtype(b)), None), (a, True, None, right.to(_dtype(a)))]
                 with torch.no_grad():  # B is 0, so this changes nothing but where A may go from here
-                    a.copy_(self._inside(*self._held[-1]))
+                    a.copy_(self._inside(a, None, None, self._sides[-1][-1]))
             else:
                 left, right = (side.to(_dtype(layer.weight)) for side in (left, right))
-                self._held.append((layer.weight, start, *((right, left) if layer.transposed else (left, right))))
+                self._sides.append((layer.weight, False, *((right, left) if layer.transposed else (left, right))))
         run.say(f"subspace: {len(layers)} weights are held; {sum(free) / len(free):.0%} of input directions stay free.")
 
-    def _check(self, model: torch.nn.Module, run: Run, layers: list[passes.Linear]) -> None:
+    def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        names = {id(p): name for name, p in params.trainable(model).items()}
+        self._held: list[tuple[torch.nn.Parameter, torch.Tensor | None, Any, Any]] = []  # (θ, θ*, U, V)
+        for parameter, zero, left, right in self._sides:
+            start = None if zero else run.start[names[id(parameter)]].to(parameter.device)
+            self._held.append((parameter, start, left, right))
+
+    def _check(self, model: torch.nn.Module, layers: list[passes.Linear]) -> None:
         if not layers:
             raise ConfigError("methods.subspace: no linear layer learns. Remove subspace, or freeze less.")
         if any("magnitude" in name for name in params.outside_lora(model)):
             raise ConfigError("methods.subspace: DoRA scales whole rows, which nothing can hold. Set `dora: false`.")
-        if not passes.new_adapters(model, run.start):
+        if not passes.new_adapters(model, params.trainable(model)):
             raise ConfigError("methods.subspace: an adapter has learned before. Merge it, and begin with a new one.")
         if self.config.share and not all(layer.weight.is_floating_point() for layer in layers):
             raise ConfigError("methods.subspace.share: a quantised weight has no SVD. Set `share: 0, energy: 0.95`.")

@@ -12,7 +12,7 @@ Deviations from the paper: the rate falls from group to group, not from layer to
     are empty. A head tied to the embeddings opens with them. The learning-rate schedule is the trainer's.
 Needs: nothing.
 Cost: none saved, as gradients of closed weights are computed; a copy of those that move at a reduced rate.
-Combine with: anything. List it last: what moves weights after the optimizer before it is slowed down as well.
+Combine with: anything. What other methods move after the optimizer is slowed down as well.
     With `lora` the adapters are what opens.   Conflicts: none.
 Tune: `groups` 4–6; `stages: [{top: 2}, {begin: 0.5, learning_rate: 5.0e-6}]` is the head and two layers first, then
     everything at 5e-6; `rate: 0.1` says it as a factor.
@@ -58,6 +58,7 @@ class Unfreeze(Method):
     family = "isolation"
     paper = "arXiv:1801.06146"
     edits_gradients = True
+    restrains_steps = True
     off = {"groups": 1, "decay": 1.0, "stages": []}
 
     class Config(MethodConfig):

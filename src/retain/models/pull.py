@@ -175,7 +175,8 @@ def _weights(factor: penalties.LowRank) -> tuple[torch.Tensor, torch.Tensor, flo
     if factor.rows is None or factor.columns is None:
         return torch.ones_like(b[:, 0]), torch.ones_like(a[0]), factor.scale**2
     rows = _exact(factor.rows)
-    return rows, _exact(factor.columns), factor.scale**2 / float(rows.sum().clamp_min(torch.finfo(rows.dtype).tiny))
+    total = float(rows.sum())
+    return rows, _exact(factor.columns), factor.scale**2 / total if total > 0 else 0.0
 
 
 def _implicit(factor: penalties.LowRank, rate: float) -> tuple[torch.Tensor, torch.Tensor]:

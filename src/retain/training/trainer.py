@@ -109,14 +109,15 @@ class ContinualMixin(Mixing):
             TrainingDiverged: a loss term is no longer a number; the last checkpoint is kept.
         """
         found = checkpoint.resolve(resume_from_checkpoint, Path(self.args.output_dir))
-        self.stack.on_model_ready(self.model, self.run)
+        self.run.restored = found is not None
+        with params.evaluating(self.model), self.accelerator.autocast():
+            self.stack.on_model_ready(self.model, self.run)
         self._mix()
         self.run.max_steps = self.args.max_steps
         self.run.learning_rate = self.args.learning_rate
         self.run.start = checkpoint.start_weights(
             Path(self.args.output_dir), self.model, keep=self.args.should_save, resumed=found is not None
         )
-        self.run.restored = found is not None
         if found is not None:
             self.stack.load_state_dict(checkpoint.load_state(found))
         self.run.model = self.model
@@ -130,10 +131,11 @@ class ContinualMixin(Mixing):
         result = super().train(str(found) if found else None, *rest, **kwargs)
         if self._mixture is not None:
             self.run.say(f"replay: {realised(self.replayed(), sum(self.rows_seen()))}.")
+        self.model = self.stack.finish_model(self.model, self.run)
+        # what is remembered belongs to the weights that remain: the next task starts, and is anchored, there
         with self.accelerator.autocast():
             self.stack.on_task_end(self.model, self.run)
         self.accelerator.wait_for_everyone()
-        self.model = self.stack.finish_model(self.model, self.run)
         return result
 
     def _continue_counts(self, found: Path) -> None:
