@@ -138,7 +138,7 @@ class Mixing(_Host):
 
     def _collated(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Tokenised rows as one batch on the training device."""
-        collate = getattr(self.data_collator, "inner", self.data_collator)
+        collate: Any = getattr(self.data_collator, "inner", self.data_collator)
         if getattr(collate, "padding_free", False) and "seq_lengths" not in examples[0]:
             collate = copy(collate)
             collate.padding_free = False
