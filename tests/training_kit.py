@@ -37,6 +37,20 @@ def rows(count: int, offset: int = 0) -> Dataset:
     )
 
 
+#: Settings by which the same rows come one per row, flattened into one row per batch, or packed.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "rows": {},
+    "flattened": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True, "max_length": 96},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 96},
+}
+
+
+def texts(count: int = 6) -> Dataset:
+    """Rows of plain text, every token of which is learned."""
+    return Dataset.from_list([{"text": " ".join(NUMBERS[: 1 + (3 * i) % 7]) + f" ships {i}"} for i in range(count)])
+
+
 def other_rows(count: int = 12) -> Dataset:
     """Old rows that the new ones say nothing about."""
     words = ["sea", "cold", "ships", "land"]

@@ -1,11 +1,13 @@
 """EWC: the Fisher is the enumerated one, the pull is strength·F·(θ − θ*), with LoRA on the product."""
 
+import copy
+
 import pytest
 import torch
 from datasets import concatenate_datasets
 from families import family_model
 from safetensors.torch import load_file
-from training_kit import distance, finite, rows, same_bits, stored, train, trainer
+from training_kit import LAYOUTS, distance, finite, rows, same_bits, stored, texts, train, trainer
 
 from retain.errors import ConfigError
 from retain.methods.context import Run
@@ -78,6 +80,44 @@ def test_sampled_fisher_converges_to_it_for_every_batch_size(exact, few, batch_s
     )
     assert far < 0.25
     assert far < 0.5 * farther, "more samples must bring it nearer"
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "rank1", "empirical", "exact"])
+def test_it_knows_nothing_of_how_rows_are_batched_flattened_or_packed(estimator, tmp_path, model):
+    """Drawn labels are compared at equal batches: other batches of the same draws only have the same expectation."""
+    found = {}
+    few = texts(2) if estimator == "exact" else texts(7)
+    for layout, settings in LAYOUTS.items():
+        made = trainer([EWC()], tmp_path / layout, copy.deepcopy(model).double(), **settings)
+        for size in (1, 3):
+            method = EWC(estimator=estimator, batch_size=size, top_k=2 if estimator == "exact" else None)
+            found[layout, size] = method.importance(made.model, made.run, few)
+    for (layout, size), importance in found.items():
+        wanted = found["rows", size if estimator in ("sampled", "rank1") else 1]
+        for name in wanted:
+            torch.testing.assert_close(importance[name], wanted[name], rtol=1e-6, atol=1e-9, msg=f"{layout} {size}")
+
+
+def test_with_lora_it_knows_nothing_of_how_rows_come(tmp_path, model):
+    found = {}
+    for layout, settings in LAYOUTS.items():
+        made = trainer([LoRA(r=2), EWC()], tmp_path / layout, copy.deepcopy(model).double(), **settings)
+        found[layout] = EWC(batch_size=3).importance(made.model, made.run, texts(7))
+    for layout, importance in found.items():
+        for name, wanted in found["rows"].items():
+            torch.testing.assert_close(importance[name], wanted, rtol=1e-6, atol=1e-9, msg=f"{layout} {name}")
+
+
+def test_sequences_that_a_collator_flattens_are_told_apart(tmp_path, model):
+    """A collator of the user's own may flatten, which nothing can take back."""
+    model = model.double()
+    ids = [torch.randint(0, 80, (length,)) for length in (5, 8, 3)]
+    flat = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat([torch.arange(len(i)) for i in ids])[None]}
+    labels = flat["input_ids"].masked_fill(flat["position_ids"] == 0, -100)
+    whole = Run(tmp_path, batches=lambda data, size: iter([(flat, labels)]))
+    alone = Run(tmp_path, batches=lambda data, size: iter([({"input_ids": i[None]}, i[None]) for i in ids]))
+    found, wanted = (EWC(estimator="empirical").importance(model, run, rows(3)) for run in (whole, alone))
+    assert distance(found, wanted) < 1e-6 * max(float(t.max()) for t in wanted.values())
 
 
 def test_samples_and_batches_do_what_they_say(tmp_path):

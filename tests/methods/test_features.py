@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from training_kit import finite, rows, same_bits, stored, train, trainer
+from training_kit import LAYOUTS, finite, rows, same_bits, stored, texts, train, trainer
 
 from retain.errors import ConfigError, DataError, RunError
 from retain.methods.context import Run, StepBatch
@@ -77,6 +77,16 @@ def test_the_margin_is_zero_at_the_start_and_not_later(lora, tmp_path):
     values = shown(made)
     assert values[0] < 1e-3, "other padding may move a state by a rounding error over its threshold, no more"
     assert values[-1] > 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", ["margin", "mse"])
+def test_old_texts_cost_nothing_at_the_start_however_rows_come(loss, layout, tmp_path, model):
+    method = Features(loss=loss, batch_size=3, bits=16 if loss == "mse" else None)
+    made = train([method], tmp_path, model.double(), old=texts(7), steps=4, **LAYOUTS[layout])
+    assert len(method._rows) == 7
+    assert shown(made)[0] < 1e-6
+    assert shown(made)[-1] > 1e-2
 
 
 def test_in_bfloat16_the_start_is_at_rounding_size(tmp_path):

@@ -1,10 +1,12 @@
 """MAS: one gradient per row of the squared centred logits, its absolute value averaged over rows."""
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES, family_model, token_batch
 from safetensors.torch import load_file
-from training_kit import distance, finite, rows, same_bits, stored, train, trainer
+from training_kit import LAYOUTS, distance, finite, rows, same_bits, stored, texts, train, trainer
 
 from retain.errors import ConfigError
 from retain.methods.context import Run
@@ -36,6 +38,17 @@ def test_importance_is_the_formula(tmp_path, model):
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_it_knows_nothing_of_how_rows_are_flattened_or_packed(lora, tmp_path, model):
+    found = {}
+    for layout, settings in LAYOUTS.items():
+        methods = [*([LoRA(r=2)] if lora else []), MAS()]
+        made = trainer(methods, tmp_path / layout, copy.deepcopy(model).double(), **settings)
+        found[layout] = MAS().importance(made.model, made.run, texts(7))
+    for layout, importance in found.items():
+        assert distance(importance, found["rows"]) < 1e-6, layout
 
 
 def test_with_lora_it_has_the_row_and_column_sums_of_the_base(tmp_path, model):

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from families import family_model
 from tiny import tiny_model, tiny_tokenizer
-from training_kit import Killed, StopAt, distance, rows, same_bits, stored, train, trainer
+from training_kit import LAYOUTS, Killed, StopAt, distance, rows, same_bits, stored, texts, train, trainer
 from weighing_kit import labelled, run_of, tokens_of
 
 from retain.errors import ConfigError
@@ -133,10 +133,11 @@ def test_rows_looked_at_once_and_a_stream_give_the_same_losses(method, tmp_path)
     assert log[1][4:] == pytest.approx(log[0][4:], abs=0.15)
 
 
-@pytest.mark.parametrize("layout", [{}, {"packing": True}], ids=["rows", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("form", [rows, texts])
 @pytest.mark.parametrize("method", [FLOW, STM])
-def test_known_rows_cost_no_pass_while_training(method, layout, tmp_path):
-    new = rows(16)
+def test_known_rows_cost_no_pass_while_training(method, form, layout, tmp_path):
+    new = form(16)
     made = trainer([method()], tmp_path, **with_new_rows(tmp_path, new), steps=3, batch=2, **layout)
     asked = []
     mine = made.stack.methods[0]
@@ -150,7 +151,7 @@ def test_known_rows_cost_no_pass_while_training(method, layout, tmp_path):
     mine.on_task_start = on_task_start
     made.train()
     assert not asked
-    assert len(mine._start._kept) == 16
+    assert len(mine._start._kept) == (16 if "packing_strategy" not in layout else len(made.train_dataset))
     assert made.state.global_step == 3
     assert all(0 <= line[f"{method.name}/weight"] < 1 for line in made.state.log_history if "loss" in line)
 

@@ -102,9 +102,10 @@ def test_packed_rows_are_told_apart_by_their_positions():
     model = family_model("llama").double()
     scores = StartScores(model, run_of(model).start)
     ids, labels = labelled(3)
-    labels[:, 0] = -100
+    labels[1] = ids[1]  # plain text: its first token has a label too, which a flattened batch leaves out
     scores.keep([({"input_ids": ids}, labels)])
     wanted = truth(model, ids, labels)
+    labels[:, 0] = -100
     counted = Counted(model)
     flat = {"input_ids": ids.flatten()[None], "position_ids": torch.arange(9).repeat(3)[None]}
     assert torch.equal(sequences(flat, labels.flatten()[None]), torch.arange(3).repeat_interleave(9)[None])

@@ -153,8 +153,10 @@ class Run:
     start: params.Tensors = field(default_factory=dict)  # trainable weights when the task began
     log: Callable[[str, float], None] = lambda name, value: None
     logging_now: bool = True  # whether this step's values are written
+    # (rows, size) → (inputs, labels): padded, one row of a batch for each row, unless the rows given are packed
     batches: Callable[[Any, int], Iterator[tuple[dict[str, Any], torch.Tensor]]] = _no_batches
-    tokenise: Callable[[Any], Any] = lambda rows: rows  # chat rows → rows as the trainer takes them
+    tokenise: Callable[[Any], Any] = lambda rows: rows  # chat rows → rows as the trainer takes them, maybe packed
+    whole_rows: Callable[[Any], Any] = lambda rows: rows  # the same, one for each row, never packed
     new_rows: Any = None  # the task's rows in chat form (for buffers and importances)
     step_batches: list[StepBatch] = field(default_factory=list)  # of this step, for methods with `repeats_batches`
     step_tokens: float = 0.0  # supervised tokens of this step over all micro-batches and ranks: divides a sum of losses

@@ -43,6 +43,7 @@ from retain.methods.remembering import Estimating
 from retain.models import importance, moments, params
 from retain.models.base_gradients import base_gradients
 from retain.models.pull import product_keys
+from retain.models.start_scores import sequences
 
 
 class EWC(Estimating, Method):
@@ -139,7 +140,7 @@ class EWC(Estimating, Method):
             inputs, labels = batch
             learned = labels[:, 1:] != -100
             hidden = params.hidden_states(model, inputs)[:, :-1][learned]
-            sequence = torch.arange(len(labels), device=labels.device)[:, None].expand_as(learned)[learned]
+            sequence = sequences(inputs, labels)[:, 1:][learned]
             return fisher.Prediction(hidden=hidden, head=head, labels=labels[:, 1:][learned], sequence=sequence)
 
         generator = torch.Generator().manual_seed(run.seed + run.task_index)

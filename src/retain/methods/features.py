@@ -59,7 +59,7 @@ class Features(Method):
         if c.loss == "margin" and c.bits not in (None, 2):
             raise ConfigError(f"methods.features.bits: {c.bits} has no effect with 'margin'. Remove it, or take 'mse'.")
         self._bits = 2 if c.loss == "margin" else (c.bits or 8)
-        self._rows = run.tokenise(run.old_rows(model, c.samples))
+        self._rows = run.whole_rows(run.old_rows(model, c.samples))
         known = path.is_file() and (run.restored or run.task_index > 1)
         PartialState().wait_for_everyone()  # all have looked before one writes
         self._kept = load_file(path) if known else self._store(model, run, path)

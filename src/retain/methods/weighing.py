@@ -110,9 +110,9 @@ class WeighingByStart(Weighing):
             self._counts = torch.zeros(BINS, dtype=torch.float64)
         if run.new_rows is None:
             return
-        size = self.config.batch_size
-        batches = run.batches(run.new_rows, size)
-        kept = self._start.keep(run.track(batches, "losses before training", -(-len(run.new_rows) // size)))
+        size, rows = self.config.batch_size, run.tokenise(run.new_rows)  # cut where the training cuts them
+        batches = run.batches(rows, size)
+        kept = self._start.keep(run.track(batches, "losses before training", -(-len(rows) // size)))
         kept = [losses for losses in kept if len(losses)]
         if self.unit == "sequence":
             kept = [losses.mean()[None] for losses in kept]

@@ -78,10 +78,15 @@ def _real(inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
 
 
 def _keys(inputs: dict[str, Any], labels: torch.Tensor, owner: torch.Tensor) -> list[bytes]:
-    """What each sequence is known by: its tokens and which of them are learned, without padding."""
+    """What each sequence is known by: its tokens and which of them are learned, without padding.
+
+    The label of the first token does not count, as nothing predicts it: flattened batches have none there.
+    """
     content = torch.stack([inputs["input_ids"], labels]).cpu()
     owner, real = owner.cpu(), _real(inputs, labels).cpu()
-    return [
-        blake2b(content[:, (owner == number) & real].numpy().tobytes(), digest_size=16).digest()
-        for number in range(int(owner.max()) + 1)
-    ]
+    found = []
+    for number in range(int(owner.max()) + 1):
+        mine = content[:, (owner == number) & real]
+        mine[1, :1] = -100
+        found.append(blake2b(mine.numpy().tobytes(), digest_size=16).digest())
+    return found

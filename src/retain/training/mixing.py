@@ -6,6 +6,7 @@ The part of `ContinualMixin` that deals with rows; like the rest of it, it goes 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ class Mixing(_Host):
     _mixture: Mixture | None = None
     _sampler: MixtureSampler | None = None
 
-    def _tokenised(self, rows: Any) -> Any:
-        """Rows in the form of the training set; pre-tokenised rows pass through."""
+    def _tokenised(self, rows: Any, whole: bool = False) -> Any:
+        """Rows in the form of the training set, or each by itself where that one is packed; tokenised rows pass."""
         columns = rows.column_names or []
         if "input_ids" in columns or not hasattr(self, "_prepare_dataset"):
             return rows
@@ -46,7 +47,7 @@ class Mixing(_Host):
             # TRL decides by the form of the new rows; replayed answers must not become prompts that are learned
             self.completion_only_loss = True
         try:
-            packing = getattr(self.args, "packing", False)
+            packing = getattr(self.args, "packing", False) and not whole
             return self._prepare_dataset(rows, self.processing_class, self.args, packing, None, "replay")
         finally:
             self.completion_only_loss = masked
@@ -122,8 +123,12 @@ class Mixing(_Host):
         return (*others, steps)
 
     def _batches(self, rows: Any, size: int) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-        """Tokenised, collated batches of rows on the training device: (inputs, labels)."""
-        tokenised = self._tokenised(rows)
+        """Tokenised, collated batches of rows on the training device: (inputs, labels).
+
+        One row of a batch is one row of the data, however the training is fed: what a method finds out about rows
+        must not depend on which others they came with. Only rows that come packed stay packed.
+        """
+        tokenised = self._tokenised(rows, whole=True)
         wanted = [c for c in ("input_ids", "labels", "seq_lengths") if c in tokenised.column_names]
         tokenised = tokenised.select_columns(wanted)
         for first in range(0, len(tokenised), size):
@@ -133,7 +138,10 @@ class Mixing(_Host):
 
     def _collated(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Tokenised rows as one batch on the training device."""
-        collate = getattr(self.data_collator, "inner", self.data_collator)
+        collate: Any = getattr(self.data_collator, "inner", self.data_collator)
+        if getattr(collate, "padding_free", False) and "seq_lengths" not in examples[0]:
+            collate = copy(collate)
+            collate.padding_free = False
         return self._prepare_inputs(collate(examples))
 
     def rows_seen(self) -> tuple[int, int]:

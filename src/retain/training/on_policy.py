@@ -83,7 +83,7 @@ class ContinualSDFTTrainer(ContinualMixin, SDFTTrainer):
             usual.seed or 0,
         )
 
-    def _tokenised(self, rows: Any) -> Any:
+    def _tokenised(self, rows: Any, whole: bool = True) -> Any:
         """Rows with their given answers, for methods that weigh what the model knows about them."""
         if "input_ids" in (rows.column_names or []):
             return rows

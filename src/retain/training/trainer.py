@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class ContinualMixin(Mixing):
         if run.shared is None:  # a pipeline asks before it begins
             self.stack.check_inputs(run.tokenizer)
         run.log, run.batches, run.tokenise = self.terms.note, self._batches, self._tokenised
+        run.whole_rows = partial(self._tokenised, whole=True)
         run.moments = self._moments
         run.adam_beta2 = float(getattr(self.args, "adam_beta2", 0.999))
         run.reduce = lambda tensor: self.accelerator.reduce(tensor, "sum")
