@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is found in, or left in, the user's cache."""
     os.environ["RETAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_half_precision_left() -> Iterator[None]:
+    """accelerate keeps the precision of the last trainer for the process; passes outside a trainer would take it."""
+    yield
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    if state is not None and state._shared_state and state().mixed_precision != "no":
+        state._reset_state()
 
 
 @pytest.fixture

@@ -103,6 +103,17 @@ def test_the_term_is_the_distance_to_the_slow_states(replay, tmp_path):
     assert abs(base - wanted) > 0.05 * wanted, "not the distance to the states of the base model"
 
 
+def test_under_autocast_equal_weights_have_no_distance(tmp_path):
+    """With `decay: 0` the slow adapter is the fast one at every step, however far both have come."""
+    shown = {}
+    for decay in (0.0, 0.9):
+        made = train([LoRA(r=2), ILoRA(decay=decay)], tmp_path / str(decay), bf16=True)
+        shown[decay] = [line["loss/ilora"] for line in made.state.log_history if "loss/ilora" in line]
+    assert shown[0.0] == [0.0] * 4, "any difference would be one of rounding"
+    assert shown[0.9][0] == 0.0
+    assert min(shown[0.9][1:]) > 0
+
+
 def test_the_target_carries_no_gradient(tmp_path):
     method = Watched(decay=0.5, consistency=2.0)
     made = train([method, LoRA(r=2)], tmp_path, steps=2)

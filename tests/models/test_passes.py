@@ -1,7 +1,10 @@
 """Extra passes: sums over the inputs of linear layers and gradients, against slow loops."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from families import FAMILIES, family_model, token_batch
 
 from retain.methods.context import Run, answer_loss
@@ -98,3 +101,41 @@ def test_gradients_are_those_of_the_summed_loss_and_leave_grad_alone():
     nothing, value, tokens = passes.gradients(model, learning, [], answer_loss)
     assert (value, tokens) == (0, 0)
     assert not any(bool(t.any()) for t in nothing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "host", "wanted", "unscaled"),
+    [
+        ("no", DistributedType.NO, None, None),
+        ("bf16", DistributedType.NO, torch.bfloat16, torch.bfloat16),
+        ("fp16", DistributedType.NO, torch.float16, None),
+        ("bf16", DistributedType.DEEPSPEED, None, None),
+    ],
+)
+def test_passes_compute_as_the_host_does(kind, host, wanted, unscaled, monkeypatch):
+    """In float16 only where gradients are scaled; a host that holds the model in half precision uses no autocast."""
+    state = SimpleNamespace(mixed_precision=kind, distributed_type=host)
+    monkeypatch.setattr(passes, "AcceleratorState", Fixed(state))
+    x = torch.randn(2, 2)
+    for scaled, dtype in ((True, wanted), (False, unscaled)):
+        with passes.precision(x.device, scaled):
+            assert (x @ x).dtype == (dtype or torch.float32)
+
+
+def test_without_a_trainer_passes_compute_as_what_is_around_them(monkeypatch):
+    monkeypatch.setattr(passes, "AcceleratorState", Fixed(None))
+    x = torch.randn(2, 2)
+    with passes.precision(x.device):
+        assert (x @ x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), passes.precision(x.device):
+        assert (x @ x).dtype == torch.bfloat16
+
+
+class Fixed:
+    """accelerate's state of the process as it is told to be."""
+
+    def __init__(self, state):
+        self.state, self._shared_state = state, {} if state is None else {"known": True}
+
+    def __call__(self):
+        return self.state

@@ -36,7 +36,7 @@ from retain.functional.outputs import top_k
 from retain.functional.tiled_head import Head, log_probs
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Batch, Run, answer_loss
-from retain.models import params
+from retain.models import params, passes
 from retain.models.own_rows import pseudo_rows
 
 
@@ -136,7 +136,8 @@ class DER(Method):
     def _outputs(self, rows: list[Stored], run: Run) -> torch.Tensor:
         """Σ over supervised tokens of KL(stored ‖ now), over the stored tokens and one bucket for the rest."""
         inputs, labels = _batch(rows, run)
-        hidden = params.hidden_states(run.model, inputs)[:, :-1][labels[:, 1:] != -100]
+        with passes.precision(labels.device):  # as the stored outputs were made
+            hidden = params.hidden_states(run.model, inputs)[:, :-1][labels[:, 1:] != -100]
         ids = torch.from_numpy(np.concatenate([row.top_ids for row in rows])).to(hidden.device)
         past = torch.from_numpy(np.concatenate([row.log_probs for row in rows])).to(hidden.device)
         head = Head(*params.head(run.model), *params.logit_rules(run.model))
@@ -145,7 +146,9 @@ class DER(Method):
 
     def _labels(self, rows: list[Stored], run: Run) -> torch.Tensor:
         """Σ −log p of the stored rows' supervised tokens."""
-        return answer_loss(run.model, *_batch(rows, run))
+        inputs, labels = _batch(rows, run)
+        with passes.precision(labels.device):
+            return answer_loss(run.model, inputs, labels)
 
     def _take(self, batch: Batch, run: Run) -> None:
         """Keep new rows of this micro-batch, with the outputs they have just got, until the step is done."""

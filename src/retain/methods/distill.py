@@ -33,7 +33,7 @@ from retain.errors import ConfigError
 from retain.methods.base import Method
 from retain.methods.context import Batch, Run
 from retain.methods.distilling import Distilling
-from retain.models import params
+from retain.models import params, passes
 from retain.models.teachers import Average, Other, Start, Teacher, same_tokenizer
 
 #: Setting → the choice that gives it an effect.
@@ -120,7 +120,7 @@ class Distill(Distilling, Method):
             return None
         ((inputs, _),) = run.batches(self._texts.select(mine), len(mine))
         predicts = _predicts(inputs)
-        with torch.autocast(*self._teacher.precision):
+        with passes.precision(predicts.device):
             student = params.hidden_states(run.model, inputs)[:, :-1][predicts]
         past, labels = self._teacher.hidden(inputs)[:, :-1][predicts], inputs["input_ids"][:, 1:][predicts]
         return self._weighed(student, past, labels, run) / float(tokens) * run.step_tokens

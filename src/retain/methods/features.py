@@ -32,7 +32,7 @@ from retain.errors import ConfigError, DataError, RunError
 from retain.functional import stored_states
 from retain.methods.base import Method, Strength
 from retain.methods.context import Batch, Run
-from retain.models import params
+from retain.models import params, passes
 
 
 class Features(Method):
@@ -122,7 +122,8 @@ class Features(Method):
         if not len(rows):
             return None, torch.zeros((), device=device)
         ((inputs, labels),) = run.batches(self._rows.select(rows), len(rows))
-        states = params.hidden_states(run.model, inputs)[:, :-1][labels[:, 1:] != -100]
+        with passes.precision(device):  # as the stored states were made
+            states = params.hidden_states(run.model, inputs)[:, :-1][labels[:, 1:] != -100]
         kept = {name: t.to(device) for name, t in self._kept.items() if name != "codes"}
         packed = torch.cat([self._kept["codes"][self._begins[row] : self._begins[row + 1]] for row in rows]).to(device)
         codes = stored_states.unpack(packed, self._bits, states.shape[1])

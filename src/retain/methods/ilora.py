@@ -29,7 +29,7 @@ from retain.errors import ConfigError
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Batch, Run
 from retain.methods.lora import with_adapter
-from retain.models import params
+from retain.models import params, passes
 
 
 class ILoRA(Method):
@@ -84,7 +84,7 @@ class ILoRA(Method):
             key: value[chosen] if torch.is_tensor(value) and value.shape[:1] == chosen.shape else value
             for key, value in batch.inputs.items()
         }
-        with torch.no_grad(), params.evaluating(run.model):
+        with torch.no_grad(), passes.precision(mask.device), params.evaluating(run.model):
             target = params.hidden_states(run.model, inputs, slow)[:, :-1][mask[chosen]]
         fast = batch.hidden[:, :-1][mask]
         wide = torch.promote_types(fast.dtype, torch.float32)

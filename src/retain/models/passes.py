@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from retain.models import params
 from retain.models.params import LoraPair, Tensors
@@ -16,11 +17,27 @@ from retain.models.params import LoraPair, Tensors
 #: (inputs of the model, labels [B, T])
 Batch = tuple[dict[str, Any], torch.Tensor]
 
+#: accelerate's name of a mixed precision → the type that its autocast computes in.
+HALF = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
+#: Hosts that hold the whole model in half precision instead, without autocast.
+OWN_PRECISION = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
-def precision(device: torch.device) -> AbstractContextManager[Any]:
-    """The trainer's mixed precision, for a pass that does not go through the model's wrapped `forward`."""
-    half = bool(AcceleratorState._shared_state) and AcceleratorState().mixed_precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+def precision(device: torch.device, scaled: bool = True) -> AbstractContextManager[Any]:
+    """The student's arithmetic, for a pass that does not go through the model's wrapped `forward`.
+
+    A host computes in half precision inside that `forward` alone; any other pass, also of the same weights on the same
+    rows, would be in full precision and differ from the student by rounding.
+
+    Args:
+        scaled: whether the gradients of the pass are scaled with the main loss, or there are none. Others would vanish
+            in float16, so that their pass stays in full precision.
+    """
+    state = AcceleratorState() if AcceleratorState._shared_state else None
+    half = None if state is None or state.distributed_type in OWN_PRECISION else HALF.get(state.mixed_precision)
+    if half is None:
+        return nullcontext()
+    return torch.autocast(device.type, half, enabled=scaled or half != torch.float16)
 
 
 def gradients(
@@ -44,7 +61,7 @@ def gradients(
     found = [torch.zeros_like(p) for p in parameters]
     counts = torch.zeros(2, dtype=torch.float64)
     for inputs, labels in batches:
-        with precision(labels.device):
+        with precision(labels.device, scaled=False):
             value = loss(model, inputs, labels)
         for total, part in zip(found, torch.autograd.grad(value, parameters, allow_unused=True)):
             if part is not None:

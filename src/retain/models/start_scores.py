@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from retain.functional.tiled_head import Head, log_probs
-from retain.models import params
+from retain.models import params, passes
 
 
 class StartScores:
@@ -51,7 +51,7 @@ class StartScores:
 
     def _ask(self, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
         model = self._model
-        with torch.no_grad(), params.evaluating(model):
+        with torch.no_grad(), passes.precision(labels.device), params.evaluating(model):
             if self._without_adapters:
                 with params.adapters_off(model):
                     hidden = params.hidden_states(model, inputs)

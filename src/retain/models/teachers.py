@@ -13,21 +13,16 @@ import torch
 from retain.config import ModelConfig
 from retain.errors import ConfigError, ModelError
 from retain.functional.tiled_head import Head
-from retain.models import params
+from retain.models import params, passes
 from retain.models.load import load_model, load_tokenizer
 
 
 class Teacher:
-    """The model in training with other weights in place; a subclass says which.
-
-    Make one where the host's autocast is on: a host computes in half precision inside the student's `forward` alone,
-    and the teacher must compute alike.
-    """
+    """The model in training with other weights in place; a subclass says which."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        kind = next(model.parameters()).device.type
-        self.precision = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self.device = next(model.parameters()).device
 
     def weights(self) -> params.Tensors:
         """Its trainable weights, by name, in the type of the model's own."""
@@ -35,12 +30,12 @@ class Teacher:
 
     def hidden(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Last hidden states [B, T, H]."""
-        with torch.no_grad(), torch.autocast(*self.precision), params.evaluating(self.model):
+        with torch.no_grad(), passes.precision(self.device), params.evaluating(self.model):
             return params.hidden_states(self.model, inputs, self.weights())
 
     def answer(self, **inputs: Any) -> Any:
         """The output of the whole model, as it would give it when called; its logits in full precision."""
-        with torch.no_grad(), torch.autocast(*self.precision), params.evaluating(self.model):
+        with torch.no_grad(), passes.precision(self.device), params.evaluating(self.model):
             output = torch.func.functional_call(params.causal(self.model), self.weights(), (), inputs)
         output.logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
         return output
@@ -76,7 +71,7 @@ class Start(Teacher):
     def hidden(self, inputs: dict[str, Any]) -> torch.Tensor:
         if not self._without_adapters:
             return super().hidden(inputs)
-        off, half = params.adapters_off(self.model), torch.autocast(*self.precision)
+        off, half = params.adapters_off(self.model), passes.precision(self.device)
         with torch.no_grad(), half, off, params.evaluating(self.model):
             return params.hidden_states(self.model, inputs)
 
@@ -115,14 +110,13 @@ class Other(Teacher):
 
     def __init__(self, teacher: Any, student: Any) -> None:
         super().__init__(student)
-        device = next(student.parameters()).device
-        self.model = teacher.requires_grad_(False).eval().to(device)
+        self.model = teacher.requires_grad_(False).eval().to(self.device)
 
     def weights(self) -> params.Tensors:
         return {}
 
     def hidden(self, inputs: dict[str, Any]) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(*self.precision):
+        with torch.no_grad(), passes.precision(self.device):
             return params.hidden_states(self.model, inputs)
 
     @classmethod
