@@ -270,8 +270,8 @@ def _split(factor: LowRank) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Non
     if factor.rows is None or factor.columns is None:
         return left, right, None, None, square
     rows, columns = factor.rows.to(b.dtype), factor.columns.to(b.dtype)
-    total = rows.sum()
-    return left, right, rows, columns, square * (total > 0) / torch.where(total > 0, total, 1)  # all-zero importance protects nothing
+    total = rows.sum()  # all-zero importance protects nothing
+    return left, right, rows, columns, square * (total > 0) / torch.where(total > 0, total, 1)
 
 
 def _number(scalar: Tensor) -> float:
