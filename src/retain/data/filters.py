@@ -105,7 +105,7 @@ class Avoided:
         fewest: words of a text that counts as repeated when another holds it; shorter ones stand in others by chance.
     """
 
-    def __init__(self, texts: Iterable[str], similarity: float = Filters.similarity, fewest: int = 5) -> None:
+    def __init__(self, texts: Iterable[str], similarity: float = Filters.similarity, fewest: int = 4) -> None:
         self.near, self.fewest = NearDuplicates(similarity), fewest
         self.words: list[tuple[str, int]] = []
         for text in texts:
