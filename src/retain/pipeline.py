@@ -191,11 +191,6 @@ class _Runner:
             rows = [without_text(row) for row in rows]
         save_items(known + rows, path)  # last: it marks the looks as done
 
-    def _items(self) -> list[str]:
-        """The texts of the probes' items, which written rows must not repeat."""
-        fields = [item.fields for probe in self.probes for item in probe.items]
-        return [text for f in fields for key in ("prompt", "text", "good") if isinstance(text := f.get(key), str)]
-
     def _precision(self) -> Any:
         import torch
 
@@ -210,6 +205,7 @@ class _Runner:
         from retain.methods.context import Run
         from retain.models import params
         from retain.models.load import parts, settled
+        from retain.probes.base import texts_of_items
         from retain.training import checkpoint
         from retain.training.trainer import ContinualTrainer
         from retain.training.watch import Bar, Record
@@ -237,7 +233,7 @@ class _Runner:
             new_rows=task.rows if hasattr(task.rows, "__len__") else None,
             say=self.say,
             private=self.config.private,
-            avoid=self._items() if self.ranks.is_main_process else (),
+            avoid=texts_of_items(self.probes) if self.ranks.is_main_process else (),
         )
         last = checkpoint.newest(folder)
         bar = Bar(f"learning {task.name}")

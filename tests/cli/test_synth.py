@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,19 @@ def test_seed_and_temperature_matter_and_are_all_that_does(synth) -> None:
     assert len({found[name] for name in "acd"}) == 3
 
 
+def test_rows_repeat_no_item_of_the_probes(synth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the suite that a run asks by itself, or of those that are named."""
+    said = ["What is the capital of Portugal?", "Paint the small garden gate green"]
+    write_lines(tmp_path / "mine.jsonl", [{"prompt": said[1], "answers": ["yes"]}])
+    speak(monkeypatch, quotes=said)
+    for name, probes, stays in (("a", [], [1]), ("b", ["mine.jsonl"], [0]), ("c", ["core", "mine.jsonl"], [])):
+        words = [word for probe in probes for word in ("--avoid", probe)]
+        assert synth("--out", f"{name}.jsonl", "--number", "40", *words)[0] == 0
+        text = (tmp_path / f"{name}.jsonl").read_text()
+        assert [number for number, quote in enumerate(said) if quote in text] == stays
+    assert len(lines(tmp_path / "c.jsonl")) > 20
+
+
 def test_a_base_model_writes_plain_text(synth, tiny_folder: Path, tmp_path: Path) -> None:
     from shutil import copytree
 
@@ -115,8 +129,10 @@ def test_a_file_that_is_there_is_kept_unless_forced(synth, tmp_path: Path) -> No
 class Speaker:
     """Stands for `generate`: words that depend on the weights, the prompt and the draw; may fail at one call."""
 
-    def __init__(self, fails_at: int = 0, failure: type[BaseException] = KeyboardInterrupt) -> None:
-        self.fails_at, self.failure, self.draws = fails_at, failure, list[int]()
+    def __init__(
+        self, fails_at: int = 0, failure: type[BaseException] = KeyboardInterrupt, quotes: Sequence[str] = ()
+    ) -> None:
+        self.fails_at, self.failure, self.quotes, self.draws = fails_at, failure, quotes, list[int]()
 
     def __call__(self, model, tokenizer, prompts, limit, temperature, top_p, draw):
         self.draws.append(draw)
@@ -127,6 +143,7 @@ class Speaker:
         for prompt in prompts:
             digest = hashlib.sha256(f"{weight} {prompt} {draw}".encode()).digest()
             words = " ".join(WORDS[byte % len(WORDS)] for byte in digest[:5])
+            words = self.quotes[digest[8] % 9] if digest[8] % 9 < len(self.quotes) else words
             said.append(Generated(f" {words}." if digest[9] % 2 else "", 6, True))  # half of them are dropped
         return said
 
@@ -200,6 +217,7 @@ def test_nothing_usable_leaves_nothing(synth, tmp_path: Path, monkeypatch: pytes
         (["--out", "old.jsonl", "--max-tokens", "5000"], "Allowed: 8 to 511"),
         (["--out", "old.jsonl", "--temperature", "0"], "--temperature"),
         (["--out", "old.jsonl", "--model", "no/such-model"], "no/such-model"),
+        (["--out", "old.jsonl", "--avoid", "nowhere"], "nowhere: no such file"),
         ([], "--out"),
     ],
 )

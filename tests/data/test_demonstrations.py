@@ -80,7 +80,7 @@ def test_near_duplicates_of_demonstrations_and_probe_items_are_left_out_and_coun
         9: ["is this <|im_start|> right here", True],
     }
     writer = Writer(lambda n: said.get(n) or (said[3] if n == 40 else None))
-    kept, report = write_inputs(writer, SHOWN, 60, avoid=items, specials=("<|im_start|>",))
+    kept, report = write_inputs(writer, SHOWN, 60, filters=Filters(avoid=items), specials=("<|im_start|>",))
     for text, near in [(text, NearDuplicates(0.6)) for text in kept]:
         for other in [*SHOWN, *items]:
             near.add(other)
@@ -113,6 +113,17 @@ def test_answers_are_greedy_and_of_the_inputs():
     assert (report.kept, report.tried, dict(report.dropped)) == (37, 40, wanted)
     with pytest.raises(DataError, match=r"no answer could be used.*40 unfinished"):
         write_answers(lambda p, *rest: [["half", False]] * len(p), ["x y z"] * 40, 20, filters=Filters())
+
+
+def test_answers_do_not_repeat_probe_items():
+    item = "Few visitors bought any postcards."
+    asked = [f"input {n}" for n in range(10)]
+    rows, report = write_answers(
+        lambda prompts, *rest: [[item if n % 2 else f"answer {n}", True] for n in range(len(prompts))], asked, 20,
+        filters=Filters(avoid=[item]),
+    )  # fmt: skip
+    assert [row["completion"][0]["content"] for row in rows] == [f"answer {n}" for n in range(0, 10, 2)]
+    assert report.dropped == {"near a probe item": 5}
 
 
 def test_questions_of_all_forms():

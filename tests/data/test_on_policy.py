@@ -87,3 +87,15 @@ def test_rows_of_other_forms():
     assert asked == [talk[:2]], "the whole conversation up to the answer"
     assert (report.failed["no prompt to ask"], report.dropped, len(rows)) == (2, 2, 1)
     assert rows[0]["prompt"] == talk[:2]
+
+
+@pytest.mark.parametrize("fallback", ["stored", "drop"])
+def test_answers_that_repeat_probe_items_do_not_pass(fallback):
+    said = {0: "it is number 0", 1: "few visitors bought number 1", 2: "it is number 2"}
+    rows, report = answer_anew(
+        lambda prompts, *rest: [[said[int(turns[-1]["content"].split()[1])], True] for turns in prompts], ROWS[:3],
+        checker("contains", 0.5), 30, resample=1, fallback=fallback, avoid=["Few visitors bought number 1."],
+    )  # fmt: skip
+    assert report.failed == {"near a probe item": 2}
+    kept = ["it is number 0", "number 1", "it is number 2"] if fallback == "stored" else [said[0], said[2]]
+    assert [row["completion"][0]["content"] for row in rows] == kept

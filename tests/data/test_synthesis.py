@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from retain.data.filters import Filters, NearDuplicates, loops, main_script, to_last_sentence
+from retain.data.filters import Avoided, Filters, NearDuplicates, loops, main_script, to_last_sentence
 from retain.data.synthesis import SHORT, STARTS, chat_header, write_rows
 from retain.errors import ConfigError, DataError, ModelError
 
@@ -193,8 +193,33 @@ def test_probe_items_are_avoided(tokenizer):
     first, _ = write_rows(Model(tokenizer), tokenizer, 10, batch=10)
     items = [row["prompt"][0]["content"].upper() for row in first]
     second, report = write_rows(Model(tokenizer), tokenizer, 10, batch=10, filters=Filters(avoid=items))
-    assert report.dropped["near-duplicate"] >= 10
+    assert report.dropped["near a probe item"] >= 10
     assert not {row["prompt"][0]["content"].upper() for row in second} & set(items)
+
+
+def test_neither_answers_nor_plain_texts_repeat_probe_items(tokenizer):
+    item = "Few visitors bought any postcards."
+    model = Model(tokenizer, answer=lambda prompt, n: (f"{words(prompt, 5)}." if n % 2 else item) + "<|im_end|>")
+    rows, report = write_rows(model, tokenizer, 10, filters=Filters(avoid=[item]))
+    assert report.dropped["near a probe item"] > 0
+    assert not any(item in row["completion"][0]["content"] for row in rows)
+    said = iter(f" {words(str(n), 9)}. {item if n % 2 else 'Rain fell.'} {words(str(-n), 9)}." for n in range(400))
+    rows, report = write_rows(
+        lambda prompts, *rest: [next(said) for _ in prompts], with_template(tokenizer, None), 10,
+        filters=Filters(avoid=[item.upper()]),
+    )  # fmt: skip
+    assert report.dropped["near a probe item"] > 0
+    assert not any(item in row["text"] for row in rows)
+
+
+def test_words_behind_an_instruction_do_not_make_it_a_probe_item(tokenizer):
+    rows, report = write_rows(
+        Model(tokenizer, instruction=lambda prompt, n: f" {words(f'{prompt}{n}', 3)}<|im_end|>"), tokenizer, 12,
+        starts=(), endings=(" Tell me which of these is the hottest, please.", ""),
+        filters=Filters(avoid=["Which of these is the hottest?"]),
+    )  # fmt: skip
+    assert report.dropped["near a probe item"] > 0
+    assert not any("hottest" in row["prompt"][0]["content"] for row in rows)
 
 
 def test_shares_of_scripts(tokenizer):
@@ -276,6 +301,26 @@ def test_near_duplicates_are_the_jaccard_index():
             )
             assert near.seen(text) == slow
             near.add(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("What is the boiling point of WATER", True),
+        ("Tell me: what is the boiling point of water? Then tell me what it is on a high mountain in winter.", True),
+        ("what is the boiling point of water?\n- 90\n- 100\n- 110\n- it depends on the day of the week", True),
+        ("the boiling point of water", True),  # stands in an item
+        ("point of water", False),  # three words may do so by chance
+        ("Yes, and no", False),
+        ("If you ask me whether I like it, then I say yes or no, and nothing else", False),  # a short item in it
+        ("What is the melting point of steel in a furnace?", False),
+        ("", False),
+    ],
+)
+def test_what_repeats_a_text_to_be_avoided(text, repeats):
+    avoided = Avoided(["What is the boiling point of water?", "Yes or no?"])
+    assert avoided(text) is repeats
+    assert Avoided([])(text) is False
 
 
 def test_one_spelling_for_duplicates():

@@ -258,7 +258,7 @@ def test_rows_of_its_own_after_a_task_are_kept_for_the_next(tmp_path, monkeypatc
     """With the outputs of the model that has learned the task; the task's own rows are nowhere."""
     asked = []
 
-    def own(model, tokenizer, number, seed, given, say):
+    def own(model, tokenizer, number, seed, given, say, avoid):
         asked.append((number, [len(rows) for rows in given]))
         return rows(3, 300)
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
-from retain.errors import RunError
+from retain.errors import DataError, RunError
 from retain.models.own_rows import about, fingerprint, kept, mean_states, pseudo_rows, save
 
 
@@ -135,3 +135,26 @@ def test_pseudo_rows_repeat_nothing_that_was_learned(model, tokenizer, monkeypat
     assert f"{12 - len(found)} left out" in said[0]
     nothing = pseudo_rows(model, tokenizer, 12, 0, [Dataset.from_list([{"text": "the bird fly"}])], said.append)
     assert len(nothing) <= len(found) + 12
+
+
+def test_rows_that_are_there_leave_the_file_when_they_are_to_be_avoided(tmp_path):
+    path, said = tmp_path / "some.parquet", []
+    texts = ["Seven ships sail over the sea", "My lamp is broken again", "Paint the small gate green"]
+
+    def write(*rest):
+        return Dataset.from_list([{"text": text} for text in texts]), {}, "new"
+
+    def go(avoid, of=lambda row: [row["text"]]):
+        return list(kept(path, "writing", 3, ["stamp"], write, said.append, avoid, of)["text"])
+
+    assert go([]) == texts
+    bytes_before = path.read_bytes()
+    assert go(["nothing of the kind"]) == go([]) == texts
+    assert path.read_bytes() == bytes_before, "a file that needs no change stays as it is"
+    assert go([texts[1].upper()], lambda row: []) == texts, "what the model did not write is not looked at"
+    assert go([texts[1].upper()]) == go([]) == [texts[0], texts[2]], "it does not come back"
+    assert about(path) == {"left out later": 1}
+    assert said == ["new", "some.parquet: 1 of 3 rows left out, as they repeat items of the probes."]
+    with pytest.raises(DataError, match="every row repeats an item of the probes"):
+        go(texts)
+    assert go([]) == [texts[0], texts[2]]

@@ -139,3 +139,15 @@ def test_a_whole_run_on_two_processes(tmp_path, launch):
     values = settings(shop, tmp_path / "two", methods=methods, old=None)
     assert (tmp_path / "two" / "report.html").is_file()
     assert not list((tmp_path / "two").rglob("*.part"))
+
+
+def test_written_rows_are_off_the_items_that_one_process_knows(tmp_path, launch):
+    """Both processes read what the main one wrote, also where it has taken rows out since."""
+    launch("avoid_cases.py", tmp_path)
+    found = [[json.loads((tmp_path / f"{n}-{rank}.json").read_text()) for rank in range(2)] for n in (1, 2, 3)]
+    assert all(main["rows"] == other["rows"] and not other["calls"] for main, other in found)
+    first, second, third = (main["rows"] for main, _ in found)
+    assert first
+    assert not [row for row in first if "postcards" in str(row)]
+    assert [row for row in first if "lamp" in str(row)]
+    assert third == second == [row for row in first if "lamp" not in str(row)]

@@ -18,6 +18,12 @@ def command(
     number: Annotated[int, typer.Option(min=1, help="Rows wanted.")] = 200,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest answer in a row.")] = 48,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    avoid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--avoid", help="Suite, file or folder of probes whose items no row may repeat; core if not given."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.1, help="Of instructions; low values repeat topics.")] = 1.0,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
 ) -> None:
@@ -38,9 +44,12 @@ def command(
     from retain.models.own_rows import write_own
     from retain.models.params import computes_bf16
     from retain.pipeline import load_run
+    from retain.probes.base import texts_of_items
+    from retain.probes.suite import load_probes
     from retain.results import write_text
     from retain.training.watch import bar
 
+    items = [text for source in avoid or ["core"] for text in texts_of_items(load_probes(source))]
     network, tokenizer = load_run(model) if (Path(model) / "run.yaml").is_file() else load_model(model)
     room = context_length(network, tokenizer)
     if max_tokens >= room:
@@ -56,7 +65,7 @@ def command(
         try:
             rows, report = write_own(
                 network, tokenizer, number, seed, max_tokens, temperature,
-                lambda kept: progress.update(job, advance=kept), memory,
+                lambda kept: progress.update(job, advance=kept), memory, avoid=items,
             )  # fmt: skip
         except DataError:  # not one row: going on would end here again
             memory.forget()

@@ -54,7 +54,6 @@ def write_inputs(
     *,
     chat: bool = True,
     shown: int = 4,
-    avoid: Sequence[str] = (),
     filters: Filters | None = None,
     temperature: float = 1.0,
     specials: Sequence[str] = (),
@@ -70,7 +69,6 @@ def write_inputs(
         seed: of the order in which demonstrations are shown.
         chat: whether prompts are turns, where each demonstration is an answer of the assistant, or plain text.
         shown: demonstrations in a prompt; all are shown equally often.
-        avoid: texts whose near-duplicates are left out: the items of the probes.
         filters: what an input must be like.
         specials: tokens that no input may hold.
         tries: give up after tries · number.
@@ -81,10 +79,9 @@ def write_inputs(
     """
     report, begun = Report(), time.perf_counter()
     filters = filters or Filters()
-    near_shown, near_items = NearDuplicates(filters.similarity), NearDuplicates(filters.similarity)
-    for texts, near in ((shown_texts, near_shown), (avoid, near_items)):
-        for text in texts:
-            near.add(text)
+    near_shown = NearDuplicates(filters.similarity)
+    for text in shown_texts:
+        near_shown.add(text)
     sieve = Sieve(number, filters, report.dropped)
     deal = rotated(shown_texts, shown, seed)
     kept: list[str] = []
@@ -97,8 +94,6 @@ def write_inputs(
             text, done = (text.strip(), done) if chat else _first_block(text, done)
             if text and near_shown.seen(text):
                 report.dropped["near a demonstration"] += 1
-            elif text and near_items.seen(text):
-                report.dropped["near a probe item"] += 1
             elif sieve.instruction(text, done, specials):
                 kept.append(text)
         report.dropped["not needed"] += max(0, len(kept) - number)

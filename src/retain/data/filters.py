@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+#: Why a text is left out that repeats one of `Filters.avoid`.
+PROBE_ITEM = "near a probe item"
+
 
 @dataclass
 class Filters:
@@ -22,7 +25,7 @@ class Filters:
         similarity: rows whose instructions share more than this part of their word pairs (Jaccard index over
             words, and pairs of neighbouring words, in one spelling) are near-duplicates.
         repetition: a part whose share of different word triples is below this is a loop.
-        avoid: texts whose near-duplicates are left out, such as the items of the probes.
+        avoid: texts that no part of a row may repeat (see `Avoided`): the items of the probes.
         scripts: script → largest share of the rows, such as {"latin": 0.8}; scripts that are not named are free.
     """
 
@@ -42,8 +45,7 @@ class Sieve:
     def __init__(self, number: int, filters: Filters, dropped: Counter[str]) -> None:
         self.filters, self.dropped = filters, dropped
         self.near = NearDuplicates(filters.similarity)
-        for text in filters.avoid:
-            self.near.add(text)
+        self.avoided = Avoided(filters.avoid, filters.similarity)
         self.scripts: Counter[str] = Counter()
         self.quota = {script: max(1, round(share * number)) for script, share in filters.scripts.items()}
 
@@ -56,6 +58,7 @@ class Sieve:
             ("special tokens inside", any(token in text for token in roles)),
             ("too short", words < self.filters.min_prompt_words),
             ("repeats itself", loops(text, self.filters.repetition)),
+            (PROBE_ITEM, self.avoided(text)),
             ("near-duplicate", text and self.near.seen(text)),
             ("over the share of its script", self._full(text)),
         ) and self._take(text)
@@ -73,6 +76,8 @@ class Sieve:
             ("too short", len(text) < self.filters.min_response_characters),
             ("repeats itself", loops(text, self.filters.repetition)),
             ("answer repeats the instruction", plain(text) == plain(instruction)),
+            # the instruction too, as words may have been put behind it since it was looked at
+            (PROBE_ITEM, self.avoided(text) or self.avoided(instruction)),
         )
 
     def _no(self, *reasons: tuple[str, Any]) -> bool:
@@ -89,6 +94,38 @@ class Sieve:
         self.near.add(text)
         self.scripts[main_script(text)] += 1
         return True
+
+
+class Avoided:
+    """Tells texts that repeat one of those to be avoided: near-duplicates, and where one holds the other whole.
+
+    Args:
+        texts: to be avoided.
+        similarity: as in `Filters`.
+        fewest: words of a text that counts as repeated when another holds it; shorter ones stand in others by chance.
+    """
+
+    def __init__(self, texts: Iterable[str], similarity: float = Filters.similarity, fewest: int = 4) -> None:
+        self.near, self.fewest = NearDuplicates(similarity), fewest
+        self.words: list[tuple[str, int]] = []
+        for text in texts:
+            self.near.add(text)
+            self.words.append(self._counted(text))
+
+    def __call__(self, text: str) -> bool:
+        """Whether a text repeats one of them."""
+        if not text or not self.words:
+            return False
+        mine, count = self._counted(text)
+        return self.near.seen(text) or any(
+            (number >= self.fewest and words in mine) or (count >= self.fewest and mine in words)
+            for words, number in self.words
+        )
+
+    @staticmethod
+    def _counted(text: str) -> tuple[str, int]:
+        words = plain(text)
+        return f" {words} ", len(words.split())
 
 
 class NearDuplicates:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from retain.data.checking import Check
 from retain.data.demonstrations import BATCH, Ask, Progress, exchange
+from retain.data.filters import PROBE_ITEM, Avoided
 
 #: Of the answers after the first, which is greedy.
 TEMPERATURE = 0.7
@@ -89,6 +90,7 @@ def answer_anew(
     *,
     resample: int = 4,
     fallback: Literal["stored", "drop"] = "stored",
+    avoid: Sequence[str] = (),
     progress: Progress = lambda done: None,
 ) -> tuple[list[dict[str, Any]], PolicyReport]:
     """Let a model answer old prompts; every prompt until an answer passes.
@@ -102,6 +104,7 @@ def answer_anew(
         limit: tokens of an answer at most; one that was not finished does not pass.
         resample: how often a prompt is asked again at most.
         fallback: keep the stored answer of prompts that never pass, or leave them out.
+        avoid: texts that an answer must not repeat, or it does not pass: the items of the probes.
         progress: called with the number of prompts just finished.
 
     Returns:
@@ -111,6 +114,7 @@ def answer_anew(
     parts = {place: found for place, row in enumerate(rows) if (found := parted(row)) is not None}
     report.asked, report.failed["no prompt to ask"] = len(rows), len(rows) - len(parts)
     answers: dict[int, str] = {}
+    avoided = Avoided(avoid)
     left = list(parts)
     for number in range(1, resample + 2):
         for first in range(0, len(left), BATCH):
@@ -122,6 +126,8 @@ def answer_anew(
                     report.failed["not finished" if text else "empty"] += 1
                 elif not check(text, stored, prompt):
                     report.failed["not right"] += 1
+                elif avoided(text):
+                    report.failed[PROBE_ITEM] += 1
                 else:
                     answers[place] = text
                     report.passed[number] += 1

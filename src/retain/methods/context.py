@@ -166,7 +166,7 @@ class Run:
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # sum over all ranks
     optimizer: str = "adamw"
     private: bool = False  # no text of a given row may reach the run directory
-    avoid: Sequence[str] = ()  # texts that rows written for replay must not repeat: the items of the probes
+    avoid: Sequence[str] = ()  # texts that written rows must not repeat: the probes' items; known to the main process
     say: Callable[[str], None] = print  # one line for the person at the terminal
 
     @property
@@ -194,7 +194,9 @@ class Run:
         rows = self.old if given is _UNSET else given
         if rows is not None:
             return rows.select(range(min(number, len(rows))))
-        return self_written(model, self.tokenizer, self.buffer, number, self.seed, self.say, max_tokens)
+        return self_written(
+            model, self.tokenizer, self.buffer, number, self.seed, self.say, max_tokens, avoid=self.avoid
+        )
 
     def check_stiffness(self, name: str, value: float) -> None:
         """Refuse a pull that plain gradient descent cannot follow; warn where Adam may hide it."""

@@ -176,7 +176,8 @@ class DER(Method):
         if PartialState().is_main_process:
             if self.config.own:
                 given = [rows for rows in (run.new_rows, run.old) if rows is not None]
-                rows = pseudo_rows(model, run.tokenizer, self.config.own, run.seed + run.task_index, given, run.say)
+                number, seed = self.config.own, run.seed + run.task_index
+                rows = pseudo_rows(model, run.tokenizer, number, seed, given, run.say, run.avoid)
                 with params.evaluating(model):
                     self._kept.offer(self._with_outputs(rows, run.task_index, model, run) if len(rows) else [])
             self._kept.save(run.shared_folder / "der" / f"{run.task_index + 1:02d}.parquet")

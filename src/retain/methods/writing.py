@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from retain.data.checking import checker
+from retain.data.filters import Avoided, Filters
 from retain.errors import ConfigError
 from retain.methods.base import MethodConfig
 from retain.methods.context import Run
@@ -89,7 +90,7 @@ class Writing:
         run, writer = self.run, self.who if isinstance(self.engine, Endpoint) else ""
         return self_written(
             run.model, run.tokenizer, run.buffer, number, run.seed, run.say, self.max_tokens,
-            self.engine if writer else None, writer,
+            self.engine if writer else None, writer, run.avoid,
         )  # fmt: skip
 
     def from_demonstrations(self, shown: Any, number: int, settings: Demonstrations) -> Any:
@@ -98,7 +99,6 @@ class Writing:
 
         from retain.data import demonstrations as ssr
         from retain.data.diversity import diverse, tfidf
-        from retain.data.filters import Filters
         from retain.data.synthesis import special_tokens
         from retain.models.generation import has_chat_template
         from retain.models.likelihood import context_length
@@ -112,14 +112,15 @@ class Writing:
             prompt_tokens=min(context_length(run.model, run.tokenizer) // 2, max(32, round(1.5 * longest))),
             response_tokens=self.max_tokens,
             min_prompt_words=min(3, *(len(text.split()) for text in texts)),
+            avoid=run.avoid,
         )
         about = {"source": "demonstrations", "writer": self.writer, "seed": run.seed, "settings": settings.model_dump()}
 
         def inputs(advance: Callable[[int], None], recall: Recall) -> Made:
             chat = has_chat_template(run.tokenizer)
             rows, report = ssr.write_inputs(
-                self._ask(recall), texts, wanted, run.seed, chat=chat, shown=settings.shown, avoid=run.avoid,
-                filters=filters, specials=specials, progress=advance,
+                self._ask(recall), texts, wanted, run.seed, chat=chat, shown=settings.shown, filters=filters,
+                specials=specials, progress=advance,
             )  # fmt: skip
             made = about | {"tried": report.tried, "dropped": dict(report.dropped)}
             sentence = f"replay: inputs from {len(texts)} demonstrations: {report.sentence()}."
@@ -143,9 +144,11 @@ class Writing:
 
         path = run.buffer / "demonstrations-inputs.parquet"
         stamp = [self.who, run.seed, wanted, self.max_tokens, settings.model_dump()]
-        written = kept(path, "the model writes inputs", wanted, stamp, inputs, run.say)
+        written = kept(
+            path, "the model writes inputs", wanted, stamp, inputs, run.say, run.avoid, lambda row: [row["input"]]
+        )
         path = run.buffer / f"demonstrations-{run.task_index if self.refresh else 1:02d}.parquet"
-        rows = kept(path, "the model answers them", len(written), stamp, answers, run.say)
+        rows = kept(path, "the model answers them", len(written), stamp, answers, run.say, run.avoid)
         return rows.select_columns(["prompt", "completion"])
 
     def on_policy(self, parts: list[Any], settings: OnPolicy) -> Any:
@@ -167,7 +170,7 @@ class Writing:
             new = [row for row in old if key_of(row) not in known]
             rows, report = answer_anew(
                 self._ask(recall), new, check, self.max_tokens, resample=settings.resample,
-                fallback=settings.fallback, progress=advance,
+                fallback=settings.fallback, avoid=run.avoid, progress=advance,
             )  # fmt: skip
             rows = [known[key] for key in map(key_of, old) if key in known] + rows
             if not rows:
@@ -182,7 +185,7 @@ class Writing:
 
         path = run.buffer / f"on-policy-{run.task_index:02d}.parquet"
         stamp = [self.who, run.seed, self.max_tokens, settings.model_dump()]
-        rows = kept(path, "the model answers old prompts", len(old), stamp, answers, run.say)
+        rows = kept(path, "the model answers old prompts", len(old), stamp, answers, run.say, run.avoid, _own_words)
         return rows.select_columns(["prompt", "completion"])
 
     def _answered(self) -> dict[str, dict[str, Any]]:
@@ -192,7 +195,8 @@ class Writing:
         paths = [self.run.buffer / f"on-policy-{number:02d}.parquet" for number in range(1, self.run.task_index)]
         there = [path for path in paths if path.is_file()]
         rows = Dataset.from_parquet(str(there[-1]), cache_dir=str(self.run.buffer / ".cache")) if there else []
-        return {row["key"]: row for row in rows}
+        avoided = Avoided(self.run.avoid)  # there may be more of them than when the row was written
+        return {row["key"]: row for row in rows if not any(map(avoided, _own_words(row)))}
 
     @property
     def _said(self) -> str:
@@ -200,6 +204,11 @@ class Writing:
 
     def _ask(self, recall: Recall) -> Any:
         return functools.partial(_asked, self.engine, recall, self.run.seed)
+
+
+def _own_words(row: dict[str, Any]) -> list[str]:
+    """What the model wrote of a row whose prompt was given."""
+    return [turn["content"] for turn in row["completion"] if row["answer_of"] == "model"]
 
 
 def _asked(

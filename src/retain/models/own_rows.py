@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from retain.data.filters import Avoided
+from retain.data.leaks import texts_of
 from retain.data.memory import Memory
 from retain.errors import ConfigError, DataError, RunError
 from retain.models import params
@@ -34,6 +36,8 @@ Engine = Callable[[list[Any], int, float, float, int], "list[Generated]"]
 Say = Callable[[str], None]
 #: (called with the number of rows just finished, repeats calls made before) → rows, what made them, what to say.
 Write = Callable[[Callable[[int], None], Recall], "tuple[Dataset, dict[str, Any], str]"]
+#: A row → the texts in it that the model wrote.
+Texts = Callable[[dict[str, Any]], list[str]]
 
 _ABOUT = b"retain"
 _SAMPLE = 4096  # elements of a weight that its fingerprint looks at
@@ -75,17 +79,33 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def kept(path: Path, label: str, total: int, stamp: list[Any], write: Write, say: Say = print) -> Dataset:
+def kept(
+    path: Path,
+    label: str,
+    total: int,
+    stamp: list[Any],
+    write: Write,
+    say: Say = print,
+    avoid: Sequence[str] = (),
+    texts: Texts = texts_of,
+) -> Dataset:
     """Rows of a file, written first if it is not there.
 
     One process writes and the others wait. What a killed process wrote is in a file beside it and is used again when
-    `stamp` is the same.
+    `stamp` is the same. Rows that are there were written when there may have been fewer texts to avoid, as a run can
+    go on with more tasks: those that repeat one of the others leave the file.
 
     Args:
         path: the Parquet file.
         label: of the progress bar, which counts to `total`.
-        stamp: what the rows depend on.
-        write: makes rows, what made them (kept in the file, see `about`), and a sentence for the user.
+        stamp: what the model's calls depend on.
+        write: makes rows, what made them (kept in the file, see `about`), and a sentence for the user; none of the
+            rows repeats one of `avoid`.
+        avoid: texts that no row may repeat; the process that writes must know them, the others need not.
+        texts: what of a row is compared with them.
+
+    Raises:
+        DataError: every row that is there repeats one of them.
     """
     from accelerate import PartialState
     from datasets import Dataset
@@ -108,7 +128,24 @@ def kept(path: Path, label: str, total: int, stamp: list[Any], write: Write, say
             save(rows, path, made)
             memory.forget()
             say(sentence)
+        elif avoid and PartialState().is_main_process:
+            _without(path, Avoided(avoid), texts, say)
         return Dataset.from_parquet(str(path), cache_dir=str(path.parent / ".cache"))
+
+
+def _without(path: Path, avoided: Avoided, texts: Texts, say: Say) -> None:
+    """Take rows out of a file that repeat what is to be avoided."""
+    from datasets import Dataset
+
+    rows = Dataset.from_parquet(str(path), cache_dir=str(path.parent / ".cache"))
+    clean = [place for place, row in enumerate(rows) if not any(map(avoided, texts(row)))]
+    if not clean:
+        raise DataError(f"{path}: every row repeats an item of the probes. Start a new run, or give rows as `old:`.")
+    if count := len(rows) - len(clean):
+        made = about(path)
+        made["left out later"] = made.get("left out later", 0) + count
+        save(rows.select(clean), path, made)
+        say(f"{path.name}: {count} of {len(rows)} rows left out, as they repeat items of the probes.")
 
 
 def save(rows: Dataset, path: Path, made: dict[str, Any]) -> None:
@@ -147,6 +184,7 @@ def self_written(
     max_tokens: int = 64,
     engine: Engine | None = None,
     writer: str = "",
+    avoid: Sequence[str] = (),
 ) -> Dataset:
     """Rows in which the model talks to itself, written once and kept as `self.parquet` in `directory`.
 
@@ -155,14 +193,14 @@ def self_written(
 
     def write(advance: Callable[[int], None], recall: Recall) -> tuple[Dataset, dict[str, Any], str]:
         rows, report = write_own(
-            model, tokenizer, number, seed, max_tokens, advance=advance, recall=recall, engine=engine
+            model, tokenizer, number, seed, max_tokens, advance=advance, recall=recall, engine=engine, avoid=avoid
         )
         made = {"source": "self", "writer": writer or fingerprint(model), "seed": seed, "max_tokens": max_tokens}
         sentence = f"replay: the model wrote {len(rows)} rows itself ({report.sentence()})."
         return rows, made | {"tried": report.tried, "dropped": dict(report.dropped)}, sentence
 
     stamp = [writer or fingerprint(model), number, seed, max_tokens]
-    rows = kept(directory / "self.parquet", "the model writes old rows", number, stamp, write, say)
+    rows = kept(directory / "self.parquet", "the model writes old rows", number, stamp, write, say, avoid)
     return rows.select(range(min(number, len(rows))))
 
 
@@ -177,6 +215,7 @@ def write_own(
     recall: Recall = lambda asked, ask: ask(),
     engine: Engine | None = None,
     latest: bool = False,
+    avoid: Sequence[str] = (),
 ) -> tuple[Dataset, Report]:
     """Let a model write rows of its old behaviour, its adapters switched off.
 
@@ -189,6 +228,7 @@ def write_own(
             it made before from a file and goes on to the same rows.
         engine: who writes in place of the model.
         latest: with its adapters, as it is now.
+        avoid: texts that no row may repeat: the items of the probes.
 
     Returns:
         A `datasets.Dataset` in chat form and what became of everything that was written.
@@ -216,30 +256,38 @@ def write_own(
             tokenizer,
             number,
             seed,
-            filters=Filters(prompt_tokens=32, response_tokens=max_tokens),
+            filters=Filters(prompt_tokens=32, response_tokens=max_tokens, avoid=avoid),
             temperature=temperature,
             progress=advance,
         )
 
 
 def pseudo_rows(
-    model: Any, tokenizer: Any, number: int, seed: int, given: Iterable[Any], say: Say = print
+    model: Any,
+    tokenizer: Any,
+    number: int,
+    seed: int,
+    given: Iterable[Any],
+    say: Say = print,
+    avoid: Sequence[str] = (),
 ) -> Dataset | list[Any]:
-    """At most `number` rows of the model as it is now, none of which repeats something of the given rows.
+    """At most `number` rows of the model as it is now, none of which repeats something of the given rows, or a text to
+    be avoided (the items of the probes).
 
     What is written stays in memory until it has been compared with them.
     """
     from rich.progress import Progress
 
-    from retain.data.leaks import Leaks, texts_of
+    from retain.data.leaks import Leaks
 
     leaks = Leaks(itertools.chain.from_iterable(given), tokenizer)
     with Progress(transient=True) as bar:
         job = bar.add_task("the model writes rows of its own", total=number)
         try:
             rows, report = write_own(
-                model, tokenizer, number, seed, advance=lambda done: bar.update(job, advance=done), latest=True
-            )
+                model, tokenizer, number, seed, advance=lambda done: bar.update(job, advance=done), latest=True,
+                avoid=avoid,
+            )  # fmt: skip
         except DataError as error:
             say(f"pseudo-samples: none ({error})")
             return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -77,3 +77,9 @@ class Probe:
     def look(self, subject: Subject, progress: Progress = lambda n: None) -> list[Outcome]:
         """Ask every item; outcomes in the order of `self.items`."""
         raise NotImplementedError
+
+
+def texts_of_items(probes: Iterable[Probe]) -> list[str]:
+    """What items show to a model, without wrong answers: texts that rows written for replay must not repeat."""
+    fields = [item.fields for probe in probes for item in probe.items]
+    return [text for f in fields for key in ("prompt", "text", "good") if isinstance(text := f.get(key), str)]
