@@ -301,6 +301,64 @@ def test_mistakes_are_one_line_and_write_nothing(shop, tmp_path, changes, kind, 
     assert not (tmp_path / "run").exists()
 
 
+def texts(path, count):
+    return str(write_lines(path, [{"text": f"Seven small ships {i} sailed north."} for i in range(count)]))
+
+
+def test_a_few_texts_are_a_task(shop, tmp_path):
+    task = {"data": texts(tmp_path / "texts.jsonl", 6), "on": "all"}
+    results, _ = carry_out(shop, tmp_path / "run", tasks=[task], methods=["none"], old=None)
+    assert next(info.items for info in results.probes if info.task) == 2
+    assert results.scores["00-base"]["texts"].low < results.scores["00-base"]["texts"].high
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": [{"data": "{few}", "on": "all"}]}, "tasks.few: 1 item for 'few' given; perplexity needs at least 2"),
+        ({"tasks": [{"data": "{few}", "on": "all", "test": "{one}"}]}, "Give more test rows, with `test:`"),
+        ({"tasks": [{"data": "{few}", "on": "all", "test": "{few}", "test_limit": 1}]}, "Raise test_limit."),
+        ({"probes": {"reference": ["{shop}/probes.jsonl"], "limit": 1}}, "1 item for 'prose' given"),
+        ({"probes": {"reference": ["{shop}/probes.jsonl"], "limit": 1}}, "Raise probes.limit."),
+        ({"probes": {"reference": ["{one}"]}}, "one.jsonl: 1 item for 'one' given; perplexity"),
+    ],
+)
+def test_too_few_items_for_an_interval_are_found_before_anything_is_written(shop, tmp_path, changes, words):
+    places = {"shop": str(shop), "few": texts(tmp_path / "few.jsonl", 2), "one": texts(tmp_path / "one.jsonl", 1)}
+    filled = json.dumps(changes)
+    for name, place in places.items():
+        filled = filled.replace("{" + name + "}", place)
+    with pytest.raises(DataError) as caught:
+        carry_out(shop, tmp_path / "run", **json.loads(filled))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_are_kept_when_their_numbers_fail(shop, tmp_path, monkeypatch):
+    from retain import analysis
+    from retain.probes import asking
+
+    def broken(*given, **options):
+        raise RunError("probe 'animals': no numbers")
+
+    changes = {"tasks": [str(shop / "count")], "methods": ["none"], "old": None}
+    changes["train"] = settings(shop, tmp_path)["train"] | {"max_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(analysis, "score", broken)
+        with pytest.raises(RunError, match="no numbers"):
+            carry_out(shop, tmp_path / "run", **changes)
+    asked = []
+    ask = asking.ask
+    monkeypatch.setattr(asking, "ask", lambda probes, *given: asked.append(len(probes)) or ask(probes, *given))
+    results, _ = carry_out(shop, tmp_path / "run", **changes)
+    assert asked == [3], "only the stage after the task is asked"
+    assert set(results.scores["00-base"]) == {"animals", "prose", "count"}
+    looks = [r["stage"] for r in load_metrics(tmp_path / "run") if r["kind"] == "look"]
+    assert looks == ["00-base"] * 3 + ["01-count"] * 3
+    assert sorted(f.name for f in (tmp_path / "run" / "probes").glob("0*")) == ["00-base.parquet", "01-count.parquet"]
+
+
 def test_a_diverging_method_stops_the_run_and_keeps_the_checkpoint(shop, tmp_path, monkeypatch):
     distill = type(build(["distill"])[0])
     monkeypatch.setattr(

@@ -69,7 +69,7 @@ class TaskConfig(_Settings):
     test_limit: int | None = Field(None, ge=1)
     """At most this many test rows."""
     hold_out: float = Field(0.1, ge=0, lt=1)
-    """Share of the rows held out when there is no test file."""
+    """Share of the rows held out when there is no test file, of texts two at least; 0 for none."""
     streaming: bool = False
     """Read rows as they are needed; for data that does not fit."""
     list_choices: bool = True

@@ -168,15 +168,9 @@ class _Runner:
         missing = [p for p in self.probes if p.name not in {row["probe"] for row in known}]
         if not missing:
             return
-        from retain.probes.asking import ask
-        from retain.probes.base import Subject
-        from retain.training.watch import append, bar, forget_looks
+        from retain.training.watch import append, forget_looks
 
-        subject = Subject(self._model_of(index), self.tokenizer)
-        with bar(transient=True) as progress:
-            job = progress.add_task(f"probing {stage}", total=sum(len(p.items) for p in missing), note="")
-            with self._precision():
-                rows = ask(missing, subject, lambda n: progress.update(job, advance=n))
+        rows = self._answers(stage, index, missing)
         forget_looks(self.place.metrics, stage, {p.name for p in missing})
         for info in self.infos:
             mine = [row for row in rows if row["probe"] == info.name]
@@ -187,9 +181,28 @@ class _Runner:
                     {"kind": "look", "stage": stage, "probe": info.name, "score": found.value}
                     | {"low": found.low, "high": found.high},
                 )
+        save_items(known + rows, path)  # last: it marks the looks as done
+        self.place.asked(stage).unlink(missing_ok=True)
+
+    def _answers(self, stage: str, index: int, probes: list[Any]) -> list[dict[str, Any]]:
+        """What the model of a stage answers: kept before a number is made of it, and not asked for twice."""
+        from retain.probes.asking import ask
+        from retain.probes.base import Subject
+        from retain.training.watch import bar
+
+        path = self.place.asked(stage)
+        earlier = load_items(path) if path.is_file() else []
+        if [(r["probe"], r["item"]) for r in earlier] == [(p.name, item.id) for p in probes for item in p.items]:
+            return earlier
+        subject = Subject(self._model_of(index), self.tokenizer)
+        with bar(transient=True) as progress:
+            job = progress.add_task(f"probing {stage}", total=sum(len(p.items) for p in probes), note="")
+            with self._precision():
+                rows = ask(probes, subject, lambda n: progress.update(job, advance=n))
         if self.config.private:
             rows = [without_text(row) for row in rows]
-        save_items(known + rows, path)  # last: it marks the looks as done
+        save_items(rows, path)
+        return rows
 
     def _items(self) -> list[str]:
         """The texts of the probes' items, which written rows must not repeat."""
