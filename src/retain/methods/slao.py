@@ -40,7 +40,11 @@ class SLAO(Method):
     paper = "arXiv:2512.23017"
     adds_parameters = True
     edits_gradients = True
-    conflicts = frozenset({"olora", "ilora", "interpolate"})
+    conflicts = {
+        "olora": "slao begins a task in the directions of the one before, which olora keeps it out of",
+        "ilora": "both say what the adapter is at the end of a task",
+        "interpolate": "interpolate needs adapters that begin at zero; those of slao do not",
+    }
     off = {"weight": "none"}
 
     class Config(MethodConfig):

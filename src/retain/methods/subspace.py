@@ -38,7 +38,7 @@ class Subspace(Method):
 
     family = "gradients"
     paper = "arXiv:2504.07097"
-    conflicts = frozenset({"slao"})
+    conflicts = {"slao": "subspace needs adapters that begin at zero; those of slao do not"}
     edits_gradients = True
     off = {"share": 0.0, "energy": 0.0}
 
