@@ -6,11 +6,12 @@ import pytest
 import torch
 from datasets import Dataset
 from run_kit import NUMBERS, choice_rows, response_rows, settings, tiny_folder, workshop, write_lines
+from safetensors import SafetensorError
 from tiny import tiny_model, tiny_tokenizer
 
 from retain import ContinualTrainer, Replay, load_run
 from retain.config import parse
-from retain.errors import ConfigError, DataError, RetainError, RunError, TrainingDiverged
+from retain.errors import ConfigError, DataError, RetainError, RunError, TrainingDiverged, disk_full
 from retain.methods import build
 from retain.pipeline import plan, run
 from retain.results import ITEM_COLUMNS, load_items, load_metrics, load_results
@@ -383,6 +384,53 @@ def test_a_diverging_method_stops_the_run_and_keeps_the_checkpoint(shop, tmp_pat
     results, said = carry_out(shop, tmp_path / "run", methods=["distill"], train=train)
     assert "count: going on from checkpoint-2." in said
     assert results.training[0].steps == 6
+
+
+def safetensors_full(tensors, path, *given, **named):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def torch_full(what, path, *given, **named):
+    try:
+        raise RuntimeError("basic_ios::clear: iostream error")
+    except RuntimeError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534") from None
+
+
+def parquet_full(rows, path):
+    raise OSError(28, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "writer", "reason"),
+    [
+        ("retain.training.checkpoint", "save_file", safetensors_full, "(os error 28)"),
+        ("torch", "save", torch_full, "unexpected pos 576 vs 534"),
+        ("retain.pipeline", "save_items", parquet_full, "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on(shop, tmp_path, monkeypatch, place, name, writer, reason):
+    changes = {"tasks": [str(shop / "count")], "methods": ["l2sp"], "old": None}
+    changes["train"] = settings(shop, tmp_path)["train"] | {"max_steps": 2, "save_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{place}.{name}", writer)
+        with pytest.raises(RunError) as caught:
+            carry_out(shop, tmp_path / "run", **changes)
+    line = str(caught.value)
+    assert line.startswith(f"{tmp_path / 'run'}: the disk is full (")
+    assert reason in line
+    assert "\n" not in line
+    assert "run the same command again" in line
+    results, _ = carry_out(shop, tmp_path / "run", **changes)
+    assert results.training[0].steps == 2
+
+
+def test_other_failures_are_not_called_a_full_disk():
+    for error in (OSError(13, "Permission denied"), RuntimeError("mat1 and mat2"), KeyError("os error 28")):
+        assert not disk_full(error)
+    outer = ValueError("outer")
+    outer.__context__ = OSError(28, "No space left on device")
+    assert disk_full(outer) == "[Errno 28] No space left on device"
 
 
 def test_no_disk_space_is_found_before_anything_is_written(shop, tmp_path, monkeypatch):

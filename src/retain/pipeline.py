@@ -15,7 +15,7 @@ from typing import Any
 from retain import analysis
 from retain.config import RunConfig
 from retain.data.tasks import Task
-from retain.errors import ConfigError, RunError
+from retain.errors import ConfigError, RetainError, RunError, disk_full
 from retain.inputs import Say, load_old, load_probes, load_tasks, space_needed
 from retain.methods import build
 from retain.methods.base import Stack
@@ -51,6 +51,13 @@ def plan(config: RunConfig) -> Plan:
         ConfigError: methods that clash or lack what they need, unknown training settings.
         DataError: data that is not there.
     """
+    try:
+        return _planned(config)
+    except ConfigError as error:
+        raise ConfigError(f"{config.where}: {error}" if config.where else str(error)) from error.__cause__
+
+
+def _planned(config: RunConfig) -> Plan:
     stack = Stack(build(config.methods))
     stack.check_needs(frozenset({"old"} if config.old else ()), config.task_names)
     if config.private:
@@ -88,9 +95,19 @@ def run(config: RunConfig, say: Say = print) -> Results:
         The results, which are also in `results.json`, `report.html` and `report.md` of the run directory.
 
     Raises:
-        RetainError: anything in the input that cannot be used; nothing that was finished is lost.
+        RetainError: anything in the input that cannot be used, or a full disk; nothing that was finished is lost.
     """
-    return _Runner(plan(config), say).run()
+    try:
+        return _Runner(plan(config), say).run()
+    except RetainError:
+        raise
+    except Exception as error:
+        if reason := disk_full(error):
+            raise RunError(
+                f"{config.directory}: the disk is full ({reason}). Free some and run the same command again: finished "
+                "tasks, answers and whole checkpoints are kept, and it goes on from there."
+            ) from error
+        raise
 
 
 class _Runner:
