@@ -173,6 +173,8 @@ def test_methods_that_clash_say_so(tmp_path):
         with pytest.raises(ConfigError, match="cannot be combined") as caught:
             Stack([methods.load(first)(), methods.load(second)()])
         assert "\n" not in str(caught.value)
+        reason = str(caught.value).partition("(")[2].partition(")")[0]
+        assert len(reason.split()) > 5, f"say why {first} and {second} cannot be combined"
 
 
 @pytest.mark.parametrize("weights", ["autocast", "bfloat16"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from retain.config import RunConfig, parse
-from retain.errors import ConfigError, RetainError
+from retain.errors import ConfigError
 from retain.results import Results
 from retain.rundir import BASE, RunDirectory
 
@@ -48,10 +48,7 @@ def method_sets(config: RunConfig, entries: Sequence[str], folder: Path) -> dict
             raise ConfigError(f"{where}: '{text}' is not YAML ({problem}). Write {EXAMPLE}.") from None
         own = {"name": name, "output": str(folder / name), "methods": methods}
         found[name] = parse(config.model_dump(mode="json") | own, where)
-        try:
-            plan(found[name])
-        except RetainError as error:
-            raise type(error)(f"{where}: {error}") from None
+        plan(found[name])
     return found
 
 

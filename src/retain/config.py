@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from retain import presets
 from retain.errors import ConfigError, unknown
@@ -69,7 +69,7 @@ class TaskConfig(_Settings):
     test_limit: int | None = Field(None, ge=1)
     """At most this many test rows."""
     hold_out: float = Field(0.1, ge=0, lt=1)
-    """Share of the rows held out when there is no test file."""
+    """Share of the rows held out when there is no test file, of texts two at least; 0 for none."""
     streaming: bool = False
     """Read rows as they are needed; for data that does not fit."""
     list_choices: bool = True
@@ -118,6 +118,12 @@ class RunConfig(_Settings):
     """Seed of everything that is drawn."""
     output: str | None = None
     """Run directory; `runs/<name>` when not given."""
+    _where: str = PrivateAttr("")
+
+    @property
+    def where(self) -> str:
+        """What the settings were read from, for messages; "" when they were not."""
+        return self._where
 
     @model_validator(mode="before")
     @classmethod
@@ -179,11 +185,13 @@ def parse(values: dict[str, Any], where: str = "configuration") -> RunConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected settings such as `model:` and `tasks:`, got {type(values).__name__}.")
     try:
-        return RunConfig(**presets.filled(values))
+        config = RunConfig(**presets.filled(values))
     except ValidationError as error:
         raise ConfigError(_one_line(error, where)) from None
     except TypeError as error:
         raise ConfigError(f"{where}: {error}.") from None
+    config._where = where
+    return config
 
 
 def read(path: str | Path, overrides: list[str] | None = None, preset: str | None = None) -> RunConfig:

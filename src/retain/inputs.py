@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def load_probes(
     """Probes, what they measure, and each task's test rows as the text of a probe file.
 
     Raises:
-        DataError: a probe that cannot be read, or two with one name.
+        DataError: a probe that cannot be read or has too few items, or two with one name.
     """
     from retain.probes import suite
     from retain.probes.tasks import task_items
@@ -57,6 +57,7 @@ def load_probes(
     probes, infos, questions = [], [], {}
     for source in settings.reference:
         for probe in suite.load_probes(source, settings.limit):
+            require_items(probe, f"probes.reference: {source}", {"probes.limit": settings.limit})
             probes.append(probe)
             infos.append(probe_info(probe, "reference", None))
     for entry, task in zip(config.tasks, tasks):
@@ -66,6 +67,8 @@ def load_probes(
             continue
         questions[task.name] = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         for probe in suite.probes_from_rows(items, task.name, settings.task_limit):
+            limits = {"test_limit": entry.test_limit, "probes.task_limit": settings.task_limit}
+            require_items(probe, f"tasks.{task.name}", limits, "test rows, with `test:` or a larger `hold_out:`")
             probes.append(probe)
             infos.append(probe_info(probe, "task", task.name))
     names = [info.name for info in infos]
@@ -73,6 +76,26 @@ def load_probes(
         if names.count(name) > 1:
             raise DataError(f"probes: two probes are called '{name}'. Give the task another `name:`.")
     return probes, infos, questions
+
+
+def require_items(probe: Any, where: str, limits: Mapping[str, int | None], more: str = "items") -> None:
+    """Refuse a probe whose answers would give no interval, before they are asked for.
+
+    Args:
+        where: what the items belong to.
+        limits: settings that leave at most so many of them.
+        more: what to give more of.
+
+    Raises:
+        DataError: too few items.
+    """
+    count = len(probe.items)
+    if count < probe.fewest:
+        tight = " and ".join(name for name, limit in limits.items() if limit is not None and limit < probe.fewest)
+        raise DataError(
+            f"{where}: {count} item{'' if count == 1 else 's'} for '{probe.name}' given; {probe.metric} needs at least "
+            f"{probe.fewest} for an interval. {f'Raise {tight}' if tight else f'Give more {more}'}."
+        )
 
 
 def probe_info(probe: Any, role: str, task: str | None) -> ProbeInfo:

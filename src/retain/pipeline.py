@@ -15,7 +15,7 @@ from typing import Any
 from retain import analysis
 from retain.config import RunConfig
 from retain.data.tasks import Task
-from retain.errors import ConfigError, RunError
+from retain.errors import ConfigError, RetainError, RunError, disk_full
 from retain.inputs import Say, load_old, load_probes, load_tasks, space_needed
 from retain.methods import build
 from retain.methods.base import Stack
@@ -51,6 +51,13 @@ def plan(config: RunConfig) -> Plan:
         ConfigError: methods that clash or lack what they need, unknown training settings.
         DataError: data that is not there.
     """
+    try:
+        return _planned(config)
+    except ConfigError as error:
+        raise ConfigError(f"{config.where}: {error}" if config.where else str(error)) from error.__cause__
+
+
+def _planned(config: RunConfig) -> Plan:
     stack = Stack(build(config.methods))
     stack.check_needs(frozenset({"old"} if config.old else ()), config.task_names)
     if config.private:
@@ -88,9 +95,19 @@ def run(config: RunConfig, say: Say = print) -> Results:
         The results, which are also in `results.json`, `report.html` and `report.md` of the run directory.
 
     Raises:
-        RetainError: anything in the input that cannot be used; nothing that was finished is lost.
+        RetainError: anything in the input that cannot be used, or a full disk; nothing that was finished is lost.
     """
-    return _Runner(plan(config), say).run()
+    try:
+        return _Runner(plan(config), say).run()
+    except RetainError:
+        raise
+    except Exception as error:
+        if reason := disk_full(error):
+            raise RunError(
+                f"{config.directory}: the disk is full ({reason}). Free some and run the same command again: finished "
+                "tasks, answers and whole checkpoints are kept, and it goes on from there."
+            ) from error
+        raise
 
 
 class _Runner:
@@ -168,15 +185,9 @@ class _Runner:
         missing = [p for p in self.probes if p.name not in {row["probe"] for row in known}]
         if not missing:
             return
-        from retain.probes.asking import ask
-        from retain.probes.base import Subject
-        from retain.training.watch import append, bar, forget_looks
+        from retain.training.watch import append, forget_looks
 
-        subject = Subject(self._model_of(index), self.tokenizer)
-        with bar(transient=True) as progress:
-            job = progress.add_task(f"probing {stage}", total=sum(len(p.items) for p in missing), note="")
-            with self._precision():
-                rows = ask(missing, subject, lambda n: progress.update(job, advance=n))
+        rows = self._answers(stage, index, missing)
         forget_looks(self.place.metrics, stage, {p.name for p in missing})
         for info in self.infos:
             mine = [row for row in rows if row["probe"] == info.name]
@@ -187,9 +198,28 @@ class _Runner:
                     {"kind": "look", "stage": stage, "probe": info.name, "score": found.value}
                     | {"low": found.low, "high": found.high},
                 )
+        save_items(known + rows, path)  # last: it marks the looks as done
+        self.place.asked(stage).unlink(missing_ok=True)
+
+    def _answers(self, stage: str, index: int, probes: list[Any]) -> list[dict[str, Any]]:
+        """What the model of a stage answers: kept before a number is made of it, and not asked for twice."""
+        from retain.probes.asking import ask
+        from retain.probes.base import Subject
+        from retain.training.watch import bar
+
+        path = self.place.asked(stage)
+        earlier = load_items(path) if path.is_file() else []
+        if [(r["probe"], r["item"]) for r in earlier] == [(p.name, item.id) for p in probes for item in p.items]:
+            return earlier
+        subject = Subject(self._model_of(index), self.tokenizer)
+        with bar(transient=True) as progress:
+            job = progress.add_task(f"probing {stage}", total=sum(len(p.items) for p in probes), note="")
+            with self._precision():
+                rows = ask(probes, subject, lambda n: progress.update(job, advance=n))
         if self.config.private:
             rows = [without_text(row) for row in rows]
-        save_items(known + rows, path)  # last: it marks the looks as done
+        save_items(rows, path)
+        return rows
 
     def _precision(self) -> Any:
         import torch

@@ -48,6 +48,10 @@ class RunDirectory:
         """Item table of a stage."""
         return self.path / "probes" / f"{stage}.parquet"
 
+    def asked(self, stage: str) -> Path:
+        """Answers of a stage while their numbers are not there yet; then they move to `items`."""
+        return self.path / "probes" / f"{stage}.asked"
+
     def questions(self, name: str) -> Path:
         """A task's test rows as a probe file."""
         return self.path / "probes" / f"{name}.jsonl"

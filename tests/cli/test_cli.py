@@ -98,6 +98,55 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (tmp_path / "runs").exists(), "nothing is written when the input is bad"
 
 
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The last line that a command with bad input says."""
+    monkeypatch.setattr(sys, "argv", ["retain", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("retain: ")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("methods: [repaly]", "methods: unknown 'repaly'. Did you mean 'replay'"),
+        ("methods: [ewc, l2sp]", "methods: 'ewc' and 'l2sp' cannot be combined (both pull to the same weights"),
+        ("train: {max_stepz: 2}", "train: unknown 'max_stepz'"),
+    ],
+)
+def test_the_file_of_a_wrong_setting_is_named(setting, said, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "mine.yaml").write_text(f"tasks: [a.jsonl]\n{setting}\n")
+    monkeypatch.chdir(tmp_path)
+    for command in ("run", "plan"):
+        assert refused(monkeypatch, capsys, command, "mine.yaml").startswith(f"retain: mine.yaml: {said}")
+    assert [f.name for f in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_run_directory_of_another_configuration(tmp_path, tiny_cache, monkeypatch, capsys) -> None:
+    from retain.config import override, parse
+    from retain.rundir import RunDirectory
+
+    data = rows(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    values = override({"tasks": [{"data": str(data)}], "model": {}}, [*SMALL[1::2], "output=here", "seed=1"])
+    RunDirectory("here").begin(parse(values))
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    line = refused(monkeypatch, capsys, "run", "--task", data, "--output", "here", *SMALL)
+    assert line.startswith("retain: here: this directory holds a run with other `seed`. Choose another `output:`")
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_a_full_disk_is_one_line_for_every_command(monkeypatch, capsys) -> None:
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device", "runs/one/report.html")
+
+    monkeypatch.setattr("retain.report.page.write_report", full)
+    line = refused(monkeypatch, capsys, "report", "runs/one")
+    assert line.startswith("retain: the disk is full ([Errno 28] No space left on device: 'runs/one/report.html').")
+
+
 @pytest.mark.slow
 def test_run_report_compare_export_and_probe(tmp_path: Path, tiny_cache: Path) -> None:
     data = rows(tmp_path / "data" / "a.jsonl")

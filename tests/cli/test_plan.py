@@ -74,6 +74,7 @@ def test_it_warns_when_the_memory_is_not_there(shop, planned, tmp_path, monkeypa
         ({"probes": {"reference": ["nowhere.jsonl"]}}, "nowhere.jsonl"),
         ({"old": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"train": {"optim": "nothing"}}, "train: trl.SFTConfig"),
+        ({"probes": {"reference": ["core"], "limit": 1}}, "perplexity needs at least 2 for an interval"),
     ],
 )
 def test_what_a_run_would_stumble_over_is_found(changes, said, shop, tmp_path, monkeypatch, capsys):

@@ -83,7 +83,8 @@ def test_json_lines_under_the_name_json(tmp_path):
     ("text", "parts"),
     [
         ('{"a": 1}\n{"a": }\n', ["line 2", "column 7", "not JSON"]),
-        ('{"a": 1}\n\n{"a": 1', ["line 3", "not JSON"]),
+        ('{"a": 1}\n\n{"a": 1', ["line 3", "column 8", "not JSON"]),
+        ('{"a": 1}\n{"a": \n{"a": 2}\n', ["line 2", "column 7", "not JSON"]),
         ('{"a": 1}\n[1, 2]\n', ["line 2", "list given", "object"]),
         ('"text"\n', ["line 1", "str given"]),
         ('{"a": "\\ud800"}\n', ["line 1", "surrogate"]),

@@ -54,6 +54,16 @@ def test_held_out_rows(lines, share, most, expected):
     assert other.test_rows != task.test_rows
 
 
+@pytest.mark.parametrize(
+    ("count", "most", "expected"), [(3, 200, 2), (10, 200, 2), (14, 200, 2), (50, 200, 5), (10, 1, 1)]
+)
+def test_of_texts_two_are_held_out(lines, count, most, expected):
+    """One document alone gives no interval."""
+    path = lines("x.jsonl", [{"text": f"Ship {i} sailed."} for i in range(count)])
+    task = load_task(path, hold_out_at_most=most)
+    assert (len(task.test_rows), len(task.rows)) == (expected, count - expected)
+
+
 def test_nothing_held_out(lines):
     task = load_task(lines("x.jsonl", rows(0, 10)), hold_out=0)
     assert task.test_rows == []

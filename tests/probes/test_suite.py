@@ -102,7 +102,7 @@ def test_limit_is_a_stable_fair_nested_sample(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (['{"text": "T"}', '{"text": '], r"bad.jsonl:2: not JSON"),
+        (['{"text": "T"}', '{"text": '], r"bad.jsonl:2: not JSON \(Expecting value, column 10\)"),
         (["[1]"], r"bad.jsonl:1: a list"),
         ([{"prompt": "P"}], r"bad.jsonl:1: prompt given. Each kind needs: answer: answers, prompt"),
         ([{"kind": "choice", "prompt": "P"}], "answer, choices missing"),

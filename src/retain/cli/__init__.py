@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from retain.errors import RetainError
+from retain.errors import RetainError, disk_full
 
 app = typer.Typer(
     name="retain",
@@ -55,12 +55,8 @@ def main() -> None:
         if end.code == STOPPED:  # Typer's answer to Ctrl-C
             print("retain: stopped. Run the same command again to go on.", file=sys.stderr)
         raise
-    except OSError as error:
-        if error.errno == 28:  # no space left on device
-            print(
-                f"retain: {error.filename or 'disk'}: no space left. Free some and run the same command again; "
-                "what was finished is kept.",
-                file=sys.stderr,
-            )
+    except Exception as error:
+        if reason := disk_full(error):
+            print(f"retain: the disk is full ({reason}). Free some and run the same command again.", file=sys.stderr)
             sys.exit(2)
         raise

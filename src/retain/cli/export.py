@@ -14,6 +14,8 @@ def command(
     task: Annotated[str | None, typer.Option(help="Take this task's model out of it, after `packnet`.")] = None,
 ) -> None:
     """Write a run's model, adapters merged, for transformers, vLLM and others."""
+    import os
+    import shutil
     from pathlib import Path
 
     from retain.cli.common import quiet_libraries
@@ -27,11 +29,15 @@ def command(
     from retain.pipeline import load_run
 
     model, tokenizer = load_run(run, stage, task)
-    save_base(model, to)
-    tokenizer.save_pretrained(to)
+    partial = Path(to).with_name(Path(to).name + ".part")  # a full disk leaves nothing that looks like a model
+    shutil.rmtree(partial, ignore_errors=True)
+    save_base(model, partial)
+    tokenizer.save_pretrained(partial)
+    if bottleneck.count(model):
+        bottleneck.save(model, partial / bottleneck.NAME)
+    os.replace(partial, to)
     typer.echo(f"Model: {to}")
     if bottleneck.count(model):
-        bottleneck.save(model, Path(to) / bottleneck.NAME)
         typer.echo(
             f"Bottleneck adapters cannot be merged; they are in {to}/{bottleneck.NAME}, and only retain puts them on. "
             "For transformers and vLLM this is the base without them."

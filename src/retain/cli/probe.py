@@ -25,7 +25,7 @@ def command(
     from rich.table import Table
 
     from retain import analysis
-    from retain.inputs import probe_info
+    from retain.inputs import probe_info, require_items
     from retain.models.load import load_model
     from retain.models.params import computes_bf16
     from retain.pipeline import load_run
@@ -35,7 +35,11 @@ def command(
     from retain.results import save_items
     from retain.training.watch import bar
 
-    chosen = [probe for source in probes for probe in load_probes(source, limit)]
+    chosen = []
+    for source in probes:
+        for probe in load_probes(source, limit):
+            require_items(probe, source, {"--limit": limit})
+            chosen.append(probe)
     network, tokenizer = load_run(model) if (Path(model) / "run.yaml").is_file() else load_model(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
@@ -43,6 +47,8 @@ def command(
     with bar(transient=True, console=out) as progress, torch.autocast(device, torch.bfloat16, computes_bf16(device)):
         job = progress.add_task(f"probing {model}", total=sum(len(p.items) for p in chosen), note="")
         rows = ask(chosen, Subject(network, tokenizer), lambda n: progress.update(job, advance=n))
+    if items:
+        save_items(rows, Path(items))
     table = Table("probe", "group", "metric", "items", "score", "95 %", "chance", title=f"{model}")
     for probe in chosen:
         info = probe_info(probe, "reference", None)
@@ -54,5 +60,4 @@ def command(
         )  # fmt: skip
     out.print(table)
     if items:
-        save_items(rows, Path(items))
         out.print(f"Items: {items}")

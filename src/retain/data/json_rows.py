@@ -70,7 +70,7 @@ def json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def _json_line(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip("\r\n"))  # else a line that is cut short ends at column 1 of the next
         if "\\ud" in line.lower():
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:

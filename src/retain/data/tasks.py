@@ -75,7 +75,7 @@ def load_task(
         name: default: the name of the file or folder.
         test: where the test rows are; "same" asks the training rows themselves, for facts to be remembered.
         on: what is trained on, see `to_chat`.
-        hold_out: share of the rows that is held out when there is no test file; 0 for none.
+        hold_out: share of the rows that is held out when there is no test file, of texts two at least; 0 for none.
         hold_out_at_most: rows.
         limit: at most this many rows are read for training, drawn with `seed`.
         test_limit: the same for test.
@@ -108,7 +108,8 @@ def load_task(
     else:
         test_rows = _test_rows(spec, test, test_limit, seed, columns, only, notes)
     if not test_rows and hold_out > 0:
-        rows, test_rows = _hold_out(rows, hold_out, hold_out_at_most, seed, streaming, label, notes)
+        least = 2 if form == "text" else 1  # of documents one alone says nothing about others
+        rows, test_rows = _hold_out(rows, hold_out, hold_out_at_most, least, seed, streaming, label, notes)
     if not test_rows:
         notes.append("no test rows: what this task gains cannot be measured")
     if test != "same":
@@ -168,12 +169,12 @@ def _recalled(rows: Any, most: int, seed: int, streaming: bool, notes: list[str]
 
 
 def _hold_out(
-    rows: Any, share: float, most: int, seed: int, streaming: bool, label: str, notes: list[str]
+    rows: Any, share: float, most: int, least: int, seed: int, streaming: bool, label: str, notes: list[str]
 ) -> tuple[Any, list[dict[str, Any]]]:
     if streaming:
         notes.append(f"no test file: the first {most} rows of {label} are kept for testing")
         return rows.skip(most), list(rows.take(most))
-    number = min(most, max(1, round(share * len(rows))))
+    number = min(most, max(min(least, len(rows) - 1), 1, round(share * len(rows))))
     if number >= len(rows):
         raise DataError(f"{label}: {len(rows)} row(s), too few to hold one out. Give a test file, or hold_out: 0.")
     order = np.random.default_rng(seed).permutation(len(rows))

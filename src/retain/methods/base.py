@@ -46,7 +46,7 @@ class Method:
     name: ClassVar[str] = ""  # filled in from the file name
     family: ClassVar[str] = ""  # weights | functions | replay | isolation | merging
     paper: ClassVar[str] = ""  # "arXiv:1612.00796, eq. 3"
-    conflicts: ClassVar[frozenset[str]] = frozenset()  # names of methods it cannot be combined with
+    conflicts: ClassVar[dict[str, str]] = {}  # methods it cannot be combined with → why
     edits_gradients: ClassVar[bool] = False  # touches gradients or weights itself: refused under DeepSpeed
     swaps_weights: ClassVar[bool] = False  # runs the model with other weights in place: refused on shards
     adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
@@ -88,7 +88,7 @@ class Method:
     def clash(cls, other: type[Method]) -> str:
         """Why it cannot be combined with another method; "" when it can, as far as this one knows."""
         if other.name in cls.conflicts:
-            return f"{cls.__name__} says so"
+            return cls.conflicts[other.name]
         if cls.on_policy and (other.on_policy or other.reads_answers()):
             return f"{cls.name} learns from answers that the model writes, {other.name} from those of the rows"
         return ""

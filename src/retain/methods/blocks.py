@@ -37,7 +37,16 @@ class Blocks(Method):
     family = "isolation"
     paper = "arXiv:2401.02415"
     adds_parameters = True
-    conflicts = frozenset({"lora", "olora", "slao", "ilora", "bottleneck", "shield", "subspace", "packnet", "hft"})
+    conflicts = {
+        **dict.fromkeys(
+            ("lora", "olora", "slao", "ilora", "bottleneck"), "both bring weights of their own and hold the rest"
+        ),
+        **{
+            name: f"{name} holds parts of old weights, none of which move here"
+            for name in ("shield", "subspace", "packnet")
+        },
+        "hft": "the new projections begin at zero and would stay there where hft holds them",
+    }
     off = {"every": 0, "count": None}
 
     class Config(MethodConfig):

@@ -35,7 +35,14 @@ class Bottleneck(Method):
     paper = "arXiv:1902.00751"
     adds_parameters = True
     adds_on_top = True
-    conflicts = frozenset({"blocks", "shield", "subspace", "packnet", "hft"})
+    conflicts = {
+        "blocks": "both bring weights of their own and hold the rest",
+        **{
+            name: f"{name} holds parts of old weights, none of which move here"
+            for name in ("shield", "subspace", "packnet")
+        },
+        "hft": "the new weights begin at zero and would stay there where hft holds them",
+    }
     off = {"reduction": 0.0}
 
     class Config(MethodConfig):

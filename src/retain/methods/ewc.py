@@ -52,7 +52,7 @@ class EWC(Estimating, Method):
     name = "ewc"
     family = "weights"
     paper = "arXiv:1612.00796, eq. 3"
-    conflicts = frozenset({"l2sp"})
+    conflicts = {"l2sp": "both pull to the same weights; l2sp is ewc with every importance at 1"}
 
     class Config(Estimating.Config):
         estimator: Literal["sampled", "rank1", "empirical", "exact", "adam"] = "sampled"

@@ -39,7 +39,7 @@ class ILoRA(Method):
     paper = "arXiv:2402.18865"
     adds_parameters = True
     swaps_weights = True
-    conflicts = frozenset({"slao"})
+    conflicts = {"slao": "both say what the adapter is at the end of a task"}
     off = {"decay": 0.0, "consistency": 0.0}
 
     class Config(MethodConfig):

@@ -39,7 +39,7 @@ class OLoRA(Method):
     paper = "arXiv:2310.14152"
     adds_parameters = True
     edits_gradients = True
-    conflicts = frozenset({"slao"})
+    conflicts = {"slao": "slao begins a task in the directions of the one before, which olora keeps it out of"}
 
     class Config(Strength):
         strength: float = 0.5

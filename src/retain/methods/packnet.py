@@ -41,7 +41,15 @@ class PackNet(Method):
 
     family = "isolation"
     paper = "arXiv:1711.05769"
-    conflicts = frozenset({"lora", "olora", "ilora", "slao", "blocks", "bottleneck"})
+    conflicts = {
+        **dict.fromkeys(
+            ("lora", "olora", "ilora", "slao"),
+            "packnet keeps single weights, and an adapter changes all weights of a layer together",
+        ),
+        **dict.fromkeys(
+            ("blocks", "bottleneck"), "what learns is new in every task, and packnet keeps parts of the old"
+        ),
+    }
     edits_gradients = True
     restrains_steps = True
     off = {"keep": 0.0}

@@ -40,7 +40,15 @@ class SharedLoRA(Method):
     adds_parameters = True
     edits_gradients = True
     restrains_steps = True
-    conflicts = frozenset({"olora", "slao", "interpolate", "subspace", "shield", "packnet", "blocks"})
+    conflicts = {
+        "olora": "olora keeps tasks out of each other's directions, shared_lora learns those that they share",
+        "slao": "slao has one adapter for all tasks, shared_lora a part for each",
+        "interpolate": "interpolate needs adapters that begin at zero; those of shared_lora do not",
+        "subspace": "subspace needs adapters that begin at zero; those of shared_lora do not",
+        "shield": "shield needs adapters that begin at zero; those of shared_lora do not",
+        "packnet": "packnet keeps single weights, and an adapter changes all weights of a layer together",
+        "blocks": "both bring weights of their own and hold the rest",
+    }
     off = {"r": 0}
 
     class Config(MethodConfig):

@@ -34,7 +34,7 @@ class Shield(Method):
 
     family = "isolation"
     paper = "arXiv:2512.04844"
-    conflicts = frozenset({"slao"})
+    conflicts = {"slao": "shield needs adapters that begin at zero; those of slao do not"}
     edits_gradients = True
     restrains_steps = True
     off = {"share": 0.0}

@@ -41,7 +41,11 @@ class SLAO(Method):
     adds_parameters = True
     edits_gradients = True
     restrains_steps = True
-    conflicts = frozenset({"olora", "ilora", "interpolate"})
+    conflicts = {
+        "olora": "slao begins a task in the directions of the one before, which olora keeps it out of",
+        "ilora": "both say what the adapter is at the end of a task",
+        "interpolate": "interpolate needs adapters that begin at zero; those of slao do not",
+    }
     off = {"weight": "none"}
 
     class Config(MethodConfig):

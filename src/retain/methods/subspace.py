@@ -39,7 +39,11 @@ class Subspace(Method):
 
     family = "gradients"
     paper = "arXiv:2504.07097"
-    conflicts = frozenset({"slao", "shield", "packnet"})
+    conflicts = {
+        "slao": "subspace needs adapters that begin at zero; those of slao do not",
+        "shield": "subspace holds directions and shield single columns: no step obeys both",
+        "packnet": "subspace holds directions and packnet single weights: no step obeys both",
+    }
     edits_gradients = True
     restrains_steps = True
     off = {"share": 0.0, "energy": 0.0}

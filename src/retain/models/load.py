@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from retain.config import STARTER, ModelConfig
-from retain.errors import ModelError
+from retain.errors import ModelError, RetainError, RunError
+from retain.models import hub
 from retain.models.starter import starter_directory
 
 
@@ -17,20 +19,39 @@ def resolve(name: str) -> str:
     return str(starter_directory()) if name == STARTER else name
 
 
+def adapter_base(file: Path) -> str:
+    """The model that an adapter is for, out of its adapter_config.json.
+
+    Raises:
+        ModelError: it does not say.
+    """
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelError(
+            f"{file}: does not say what the adapter is for ({_reason(error)}). Copy it again, or set its "
+            "base_model_name_or_path to a folder or a hub id."
+        ) from error
+
+
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, with a padding token.
 
     Raises:
-        ModelError: there is none.
+        ModelError: no such model, or it has none.
     """
+    where = resolve(name)
+    hub.require(where, revision)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
+        bare = Path(where).is_dir() and not any(Path(where).glob("*token*")) and not any(Path(where).glob("vocab*"))
+        reason = "its folder has none" if bare else _reason(error)
         raise ModelError(
-            f"model.name: no tokenizer for '{name}' ({_first_line(error)}). "
-            "Put tokenizer.json and tokenizer_config.json into the model's folder."
+            f"model.name: no tokenizer for '{name}' ({reason}). "
+            "A model's folder needs config.json, tokenizer.json and tokenizer_config.json, each whole."
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -43,7 +64,8 @@ def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, 
     Without `tokenizer` none is loaded and None is returned for it.
 
     Raises:
-        ModelError: no such model, no tokenizer, no quantisation library, or an adapter that is to be quantised.
+        ModelError: no such model, weights that are damaged, no tokenizer, no quantisation library, or an adapter that
+            is to be quantised or whose base cannot be opened.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -60,15 +82,20 @@ def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, 
                 f"model.name: '{config.name}' is an adapter, which cannot be merged into a quantised base without "
                 "loss. Give a model into which it is merged, or set `quantize: none`."
             )
-        base_name = json.loads(adapter.read_text())["base_model_name_or_path"]
-        base, words = load_model(config.model_copy(update={"name": base_name}), tokenizer)
-        return settled(PeftModel.from_pretrained(base, where, is_trainable=True)), words
+        base_name = adapter_base(adapter)
+        try:
+            base, words = load_model(config.model_copy(update={"name": base_name}), tokenizer)
+        except ModelError as error:
+            raise ModelError(f"{adapter}, base_model_name_or_path: {error}") from error
+        with _readable(f"model.name: cannot open '{config.name}'", Path(where), ModelError, hub.ALLOWED):
+            return settled(PeftModel.from_pretrained(base, where, is_trainable=True)), words
+    hub.require(where, config.revision)
     words = load_tokenizer(config.name, config.revision, config.trust_remote_code) if tokenizer else None
     extra: dict[str, Any] = {}
     if config.quantize != "none":
         extra["quantization_config"] = _quantisation(config.quantize)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
+    with _readable(f"model.name: cannot open '{config.name}'", Path(where), ModelError, hub.ALLOWED):
         model = AutoModelForCausalLM.from_pretrained(
             where,
             revision=config.revision,
@@ -76,11 +103,6 @@ def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, 
             trust_remote_code=config.trust_remote_code,
             **extra,
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.name: cannot open '{config.name}' ({_first_line(error)}). "
-            f"Give '{STARTER}', a folder with config.json and weights, or a hub id that is reachable."
-        ) from error
     if config.quantize == "4bit":
         _right_on_cpu(model)
     _put_on(model, Path(where))
@@ -137,7 +159,50 @@ def _quantisation(kind: str) -> Any:
     )
 
 
-def _first_line(error: Exception) -> str:
+@contextmanager
+def _readable(what: str, folder: Path, kind: type[RetainError], advice: str) -> Iterator[None]:
+    """Make one line of whatever a library raises on a model's files: each format has errors of its own.
+
+    Raises:
+        RetainError: of the given kind: `what`, the file that is damaged where that can be told, and `advice`.
+    """
+    import torch
+
+    try:
+        yield
+    except (RetainError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{what} ({_why(error, folder)}). {advice}") from error
+
+
+def _again(part: Path) -> str:
+    return f"Delete {part.parent} and run the same command again: that task is then learned anew."
+
+
+def _why(error: Exception, folder: Path) -> str:
+    damaged = _damaged(folder)
+    return f"{damaged.name} is damaged: {_reason(error)}" if damaged else _reason(error)
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file of weights in a folder that is cut short or no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than config.json says"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
@@ -146,6 +211,10 @@ def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False) -> 
 
     Adapters are merged in order, exactly as while training (`settled`); with `merged` also where the base is
     quantised, whose weights become ordinary ones of the same values first.
+
+    Raises:
+        ModelError: as `load_model`.
+        RunError: what a task left is damaged.
     """
     from peft import PeftModel
 
@@ -154,14 +223,22 @@ def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False) -> 
     full = [i for i, folder in enumerate(tasks) if (folder / "model").is_dir()]
     first = full[-1] if full else -1
     if full:
-        model, _ = load_model(config.model_copy(update={"name": str(tasks[first] / "model")}), tokenizer=False)
+        whole = tasks[first] / "model"
+        try:
+            model, _ = load_model(config.model_copy(update={"name": str(whole)}), tokenizer=False)
+        except ModelError as error:
+            if not isinstance(error.__cause__, Exception):
+                raise
+            raise RunError(f"{whole}: cannot be opened ({_why(error.__cause__, whole)}). {_again(whole)}") from error
     else:
         model, _ = load_model(config, tokenizer=False)
     if merged and getattr(model, "is_quantized", False):
         model = model.dequantize()
     for folder in tasks[max(first, 0) :]:
         if (folder / "adapter").is_dir():
-            model = settled(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True))
+            adapter = folder / "adapter"
+            with _readable(f"{adapter}: cannot be opened", adapter, RunError, _again(adapter)):
+                model = settled(PeftModel.from_pretrained(model, str(adapter), is_trainable=True))
         _put_on(model, folder)
     return model
 

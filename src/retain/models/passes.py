@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +115,7 @@ def linear_layers(model: Any) -> list[Linear]:
     return found
 
 
-def new_adapters(model: Any, start: Tensors) -> bool:
+def new_adapters(model: Any, start: Mapping[str, torch.Tensor]) -> bool:
     """Whether every adapter changes nothing at the start, so that its factor A may be chosen anew."""
     names = {id(p): name for name, p in params.trainable(model).items()}
     return not any(bool(start[names[id(pair.B)]].any()) for pair in params.lora_pairs(model).values())

@@ -8,7 +8,6 @@ Tensors are taken to be on a CPU, whichever device the training will use.
 
 from __future__ import annotations
 
-import json
 import logging
 import weakref
 from collections import Counter
@@ -25,7 +24,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from retain.config import ModelConfig
 from retain.errors import ModelError
-from retain.models.load import resolve
+from retain.models import hub
+from retain.models.load import adapter_base, resolve
 
 aten: Any = torch.ops.aten
 #: Tensors of this many bytes or more get their memory from the system, whatever was released before: the largest
@@ -81,7 +81,8 @@ class Weightless:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         where = resolve(config.name)
         while (adapter := Path(where) / "adapter_config.json").is_file():  # it will be merged
-            where = json.loads(adapter.read_text())["base_model_name_or_path"]
+            where = adapter_base(adapter)
+        hub.require(where, config.revision)
         options = {"trust_remote_code": config.trust_remote_code}
         try:
             settings = AutoConfig.from_pretrained(where, revision=config.revision, **options)

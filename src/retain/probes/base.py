@@ -63,6 +63,7 @@ class Probe:
     metric: ClassVar[str]
     group: str = "capability"  # knowledge | capability | behaviour, unless the items say otherwise
     higher_is_better: ClassVar[bool] = True
+    fewest: ClassVar[int] = 1  # items without which there is no interval: right or wrong has one from the first on
     fields: ClassVar[frozenset[str]]  # what a row must have; how a file without `kind` is recognised
 
     def __init__(self, name: str, items: Sequence[Item], group: str | None = None, **options: Any):

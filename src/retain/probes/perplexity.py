@@ -17,6 +17,7 @@ class Perplexity(Probe):
     metric = "perplexity"
     group = "capability"
     higher_is_better = False
+    fewest = 2
     fields = frozenset({"text"})
 
     def look(self, subject: Subject, progress: Progress = lambda n: None) -> list[Outcome]:

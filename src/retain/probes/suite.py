@@ -143,9 +143,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 where = f"{path}:{number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.rstrip("\r\n"))
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: not JSON ({error}). Write one JSON object per line.") from error
+                    raise DataError(
+                        f"{where}: not JSON ({error.msg}, column {error.colno}). Write one JSON object per line."
+                    ) from error
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: a {type(row).__name__} given. Write one JSON object per line.")
                 yield where, row
