@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.config import RunConfig
+from retain.data import fingerprint
 from retain.data.chat import template_check, to_chat
 from retain.data.sources import load_rows
 from retain.data.tasks import Task, load_task
@@ -40,6 +41,12 @@ def load_old(config: RunConfig) -> Any:
     if config.old is None:
         return None
     return to_chat(load_rows(config.old, "train", seed=config.seed), config.old)
+
+
+def digests(config: RunConfig, tasks: list[Task], old: Any) -> dict[str, dict[str, str]]:
+    """By what a run directory knows its rows again: setting → part of the rows → digest."""
+    found = {f"tasks.{name}": fingerprint.of_task(task) for name, task in zip(config.task_names, tasks)}
+    return found | ({} if old is None else {"old": {"rows": fingerprint.of_rows(old)}})
 
 
 def load_probes(

@@ -16,7 +16,7 @@ from retain import analysis
 from retain.config import RunConfig
 from retain.data.tasks import Task
 from retain.errors import ConfigError, RunError
-from retain.inputs import Say, load_old, load_probes, load_tasks, space_needed
+from retain.inputs import Say, digests, load_old, load_probes, load_tasks, space_needed
 from retain.methods import build
 from retain.methods.base import Stack
 from retain.outcome import outcome
@@ -119,7 +119,10 @@ class _Runner:
         if self.ranks.is_main_process:
             place.require_space(space_needed(config, "lora" in methods))
             self.probes, self.infos, questions = load_probes(config, self.tasks, self.tokenizer, self.say)
-            place.begin(config)
+            for setting in place.begin(config, digests(config, self.tasks, self.old)):
+                self.say(
+                    f"{setting}: this run was made when rows were not recorded; whether they changed is not known."
+                )
             for name, lines in ({} if config.private else questions).items():
                 write_text(place.questions(name), lines)
             self._probe(BASE, 0)
