@@ -207,6 +207,38 @@ def test_streaming_task_with_replay(shop, tmp_path):
     assert results.matrix[1][0] is not None
 
 
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        ("replay", "none is kept for later tasks"),
+        ("agem", "none is kept for later tasks"),
+        ({"ewc": {"samples": 4}}, "its importance is not added for later tasks"),
+        ({"mas": {"samples": 4}}, "its importance is not added for later tasks"),
+        ({"subspace": {"energy": 0.9}}, "the directions of its inputs are not held in later tasks"),
+        ({"replay": {"buffer": 0}}, None),
+        ({"ewc": {"samples": 4, "estimator": "adam", "fallback": "sampled"}}, None),
+    ],
+)
+def test_what_is_not_kept_of_a_stream_is_said_before_training(shop, tmp_path, monkeypatch, method, what):
+    from transformers import Trainer
+
+    said = []
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", stop)  # the loop itself
+    train = settings(shop, tmp_path)["train"] | {"max_steps": 1}
+    for streaming in (False, True):
+        values = {"tasks": [{"data": str(shop / "count"), "streaming": streaming}], "methods": [method]}
+        said.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(parse(settings(shop, tmp_path / str(streaming), train=train, **values)), said.append)
+        name = method if isinstance(method, str) else next(iter(method))
+        line = f"{name}: 'count' is a stream, whose rows are not read again: {what}."
+        assert [entry for entry in said if "is a stream" in entry] == ([line] if streaming and what else [])
+
+
 def test_without_methods_no_old_rows_are_needed(shop, tmp_path):
     results, _ = carry_out(shop, tmp_path / "run", tasks=[str(shop / "count")], methods=["none"], old=None)
     assert results.old.startswith("none")

@@ -155,7 +155,7 @@ def test_rows_are_compared_by_setting_and_part(place):
     data = {"tasks.a": {"training rows": "x", "test rows": "y"}, "tasks.b": {"training rows": "z"}}
     assert place.begin(parse(VALUES), data) == []
     assert place.begin(parse(VALUES), data) == []
-    with pytest.raises(RunError, match="test rows of `tasks.a` changed since this run was made") as caught:
+    with pytest.raises(RunError, match=r"test rows of `tasks\.a` changed since this run was made") as caught:
         place.check(parse(VALUES), data | {"tasks.a": {"training rows": "x", "test rows": "other"}})
     assert "\n" not in str(caught.value)
     assert json.loads(place.data.read_text()) == data
