@@ -6,14 +6,14 @@
 hold as much; t = steps done of all steps, so that the mean of ρ is the share in all that is shown.
 Old rows are those of earlier tasks (a reservoir on disk; of a streamed task none is kept) and, for what the model could
 do before: rows the user gives as `old`, otherwise conversations that the model writes with itself before training
-starts (Magpie header, arXiv:2406.08464; self-written replay, arXiv:2602.20162). `source: demonstrations` writes
-rows like a few that are given: inputs in context, answers by the latest model, k-means for diversity (SSR,
+starts (Magpie header, arXiv:2406.08464; self-written replay, arXiv:2602.20162). `source: demonstrations` writes rows
+like a few that are given: inputs in context, answers by the latest model, k-means for diversity (SSR,
 arXiv:2403.01244). `on_policy` lets the latest model answer old prompts before each task and keeps what a check finds
-right (OPR, arXiv:2605.29495). What was written, and by which weights, is in the run's `buffer` folder. With a `priority`, the row of each place is drawn
-late, with P(i) ∝ (u_i + floor)^exponent (Schaul et al. 2015, arXiv:1511.05952), u = what the row is worth, measured
-again while training: a measurement decides from the next one on, so that rows read ahead are the same whoever reads. Or
-rows come from several `sources`, of which source i gives p_i ∝ w_i n_i^(1/T): w = weight, n = its rows (or tokens),
-T = temperature.
+right (OPR, arXiv:2605.29495). What was written, and by which weights, is in the run's `buffer` folder. With a
+`priority`, the row of each place is drawn late, with P(i) ∝ (u_i + floor)^exponent (Schaul et al. 2015,
+arXiv:1511.05952), u = what the row is worth, measured again while training: a measurement decides from the next one on,
+so that rows read ahead are the same whoever reads. Or rows come from several `sources`, of which source i gives p_i ∝
+w_i n_i^(1/T): w = weight, n = its rows (or tokens), T = temperature.
 Deviations from the paper: the share is held by counting, not by chance; rows are drawn without repetition within
     a pass over the buffer. A step holds ρ of the batch size, so the same new rows take 1/(1 − ρ) as many steps.
     Inputs from demonstrations are written once and rows of all kinds are chosen after they were answered; on policy
