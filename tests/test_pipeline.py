@@ -12,6 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 from retain import ContinualTrainer, Replay, load_run
 from retain.config import parse
 from retain.errors import ConfigError, DataError, RetainError, RunError, TrainingDiverged, disk_full
+from retain.inputs import read_rows
 from retain.methods import build
 from retain.pipeline import plan, run
 from retain.results import ITEM_COLUMNS, load_items, load_metrics, load_results
@@ -206,6 +207,88 @@ def test_streaming_task_with_replay(shop, tmp_path):
     results, _ = carry_out(shop, tmp_path / "run", tasks=tasks, train=train)
     assert results.training[0].steps == 4
     assert results.matrix[1][0] is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        ("replay", "none is kept for later tasks"),
+        ("agem", "none is kept for later tasks"),
+        ({"ewc": {"samples": 4}}, "its importance is not added for later tasks"),
+        ({"mas": {"samples": 4}}, "its importance is not added for later tasks"),
+        ({"subspace": {"energy": 0.9}}, "the directions of its inputs are not held in later tasks"),
+        ({"replay": {"buffer": 0}}, None),
+        ({"ewc": {"samples": 4, "estimator": "adam", "fallback": "sampled"}}, None),
+    ],
+)
+def test_what_is_not_kept_of_a_stream_is_said_before_training(shop, tmp_path, monkeypatch, method, what):
+    from transformers import Trainer
+
+    said = []
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", stop)  # the loop itself
+    train = settings(shop, tmp_path)["train"] | {"max_steps": 1}
+    for streaming in (False, True):
+        values = {"tasks": [{"data": str(shop / "count"), "streaming": streaming}], "methods": [method]}
+        said.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(parse(settings(shop, tmp_path / str(streaming), train=train, **values)), said.append)
+        name = method if isinstance(method, str) else next(iter(method))
+        line = f"{name}: 'count' is a stream, whose rows are not read again: {what}."
+        assert [entry for entry in said if "is a stream" in entry] == ([line] if streaming and what else [])
+
+
+def small_context(folder):
+    """A model that reads 48 tokens."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer, max_position_embeddings=48).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("given", [None, 512])
+def test_rows_are_held_to_the_context_and_the_report_says_so(shop, tmp_path, monkeypatch, given):
+    long = [{"prompt": f"long {i}", "response": "seven small ships " * 30} for i in range(2)]
+    data = write_lines(tmp_path / "tale.jsonl", [*response_rows(8), *long])
+    old = write_lines(tmp_path / "before.jsonl", [*response_rows(8, 50), long[0]])
+    changes = {"model": small_context(tmp_path / "model"), "old": str(old)}
+    changes["train"] = settings(shop, tmp_path)["train"] | {"max_length": given, "max_steps": 2}
+    seen = []
+    train = ContinualTrainer.train
+
+    def spy(self, *args, **kwargs):
+        seen.extend(len(row["input_ids"]) for row in self.train_dataset)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(ContinualTrainer, "train", spy)
+    tasks = [{"data": str(data), "hold_out": 0}, {"data": str(data), "name": "short", "long": "drop", "hold_out": 0}]
+    results, said = carry_out(shop, tmp_path / "run", tasks=tasks, **changes)
+    word = "null" if given is None else "512 is more than the model can read"
+    notes = [
+        f"train.max_length: {word}; rows are held to the model's context of 48 tokens",
+        "tale: 2 of 10 rows are longer than 48 tokens: cut at the end",
+        "short: 2 of 10 rows are longer than 48 tokens: left out",
+        "old: 1 of 9 rows is longer than 48 tokens: cut at the end",
+    ]
+    assert [note for note in said if "48 tokens" in note] == notes
+    assert [note for note in results.notes if "48 tokens" in note] == notes
+    assert max(seen) == 48
+    page, text = ((tmp_path / "run" / name).read_text() for name in ("report.html", "report.md"))
+    for note in notes[1:]:
+        assert note in page
+        assert note in text
+
+
+def test_a_length_below_the_context_stays_and_nothing_is_said(shop, tmp_path):
+    planned = plan(parse(settings(shop, tmp_path)))
+    said = []
+    rows = read_rows(planned.config, planned.train, said.append)
+    assert planned.train["max_length"] == 64
+    assert not [line for line in said if "context" in line]
+    assert rows.notes == said
 
 
 def test_without_methods_no_old_rows_are_needed(shop, tmp_path):

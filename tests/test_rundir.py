@@ -149,3 +149,28 @@ def test_no_space(place, monkeypatch):
 def test_environment_names_versions():
     versions = environment()["versions"]
     assert {"torch", "transformers", "trl", "datasets"} <= set(versions)
+
+
+def test_rows_are_compared_by_setting_and_part(place):
+    data = {"tasks.a": {"training rows": "x", "test rows": "y"}, "tasks.b": {"training rows": "z"}}
+    assert place.begin(parse(VALUES), data) == []
+    assert place.begin(parse(VALUES), data) == []
+    with pytest.raises(RunError, match=r"test rows of `tasks\.a` changed since this run was made") as caught:
+        place.check(parse(VALUES), data | {"tasks.a": {"training rows": "x", "test rows": "other"}})
+    assert "\n" not in str(caught.value)
+    assert json.loads(place.data.read_text()) == data
+
+
+def test_rows_may_be_recorded_later(place):
+    place.begin(parse(VALUES))  # as for a run that is given the answers of another first
+    assert place.begin(parse(VALUES), {"tasks.a": {"training rows": "x"}}) == []
+    with pytest.raises(RunError, match="changed"):
+        place.begin(parse(VALUES), {"tasks.a": {"training rows": "other"}})
+
+
+def test_a_check_writes_nothing(place, tmp_path):
+    place.check(parse(VALUES))
+    assert not place.path.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        RunDirectory(tmp_path / "file" / "run").check(parse(VALUES))

@@ -67,7 +67,7 @@ class TaskConfig(_Settings):
     limit: int | None = Field(None, ge=1)
     """At most this many training rows, drawn with the seed."""
     test_limit: int | None = Field(None, ge=1)
-    """At most this many test rows."""
+    """At most this many test rows, held out or from a test file."""
     hold_out: float = Field(0.1, ge=0, lt=1)
     """Share of the rows held out when there is no test file, of texts two at least; 0 for none."""
     streaming: bool = False
@@ -75,7 +75,7 @@ class TaskConfig(_Settings):
     list_choices: bool = True
     """Question rows: list the choices in the prompt."""
     long: Literal["cut", "drop"] = "cut"
-    """Rows longer than `train.max_length`: cut at the end, or left out."""
+    """Rows longer than `train.max_length`, or than the model's context: cut at the end, or left out."""
 
 
 class ProbesConfig(_Settings):

@@ -11,6 +11,7 @@ from typing import Any
 from retain import analysis
 from retain.config import DEFAULT_METHODS, RunConfig, parse
 from retain.data import demo_tasks
+from retain.errors import RunError
 from retain.results import Results, load_items, write_text
 
 #: A fact that the base model knows, an explanation, and one new ticket.
@@ -47,14 +48,26 @@ def configs(
     methods: Sequence[Any] | None = None,
     train: dict[str, Any] | None = None,
 ) -> dict[str, RunConfig]:
-    """The two runs, naive and retained; writes their data into `folder`."""
-    tasks = []
+    """The two runs, naive and retained; writes their data into `folder`.
+
+    Raises:
+        RunError: the folder holds the data of a demo with another seed or number of rows, which its runs need.
+    """
+    tasks, files = [], {}
     for name in demo_tasks.NAMES:
         learn, test = demo_tasks.rows(name, rows, TEST_ROWS, seed)
         for split, part in (("train", learn), ("test", test)):
             text = "".join(json.dumps(row) + "\n" for row in part)
-            write_text(folder / "data" / name / f"{split}.jsonl", text)
+            files[folder / "data" / name / f"{split}.jsonl"] = text
         tasks.append({"name": name, "data": str(folder / "data" / name)})
+    for path, text in files.items():
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            raise RunError(
+                f"{path}: of a demo with another seed or number of rows. Choose another folder (`--output`), or "
+                "delete this one (`retain demo --fresh`)."
+            )
+    for path, text in files.items():
+        write_text(path, text)
     recipe = list(DEFAULT_METHODS if methods is None else methods)
     plain: list[Any] = [e for e in recipe if isinstance(e, dict) and "lora" in e] or ["none"]
     shared = {"tasks": tasks, "seed": seed, "train": TRAIN | (train or {}), "probes": {"limit": items}}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retain.config import RunConfig
-from retain.data.chat import template_check, to_chat
+from retain.data import fingerprint
+from retain.data.chat import count_long, long_note, template_check, to_chat
 from retain.data.sources import load_rows
 from retain.data.tasks import Task, load_task
 from retain.errors import DataError
@@ -35,11 +37,88 @@ def load_tasks(config: RunConfig, tokenizer: Any, max_length: int | None, say: S
     return tasks
 
 
-def load_old(config: RunConfig) -> Any:
-    """The user's rows that stand for old data, in chat form; None when there are none."""
+def load_old(config: RunConfig, tokenizer: Any = None, max_length: int | None = None, say: Say = print) -> Any:
+    """The user's rows that stand for old data, in chat form; None when there are none.
+
+    With a tokenizer and a length, it is said how many are longer.
+
+    Raises:
+        DataError: rows that are not there or cannot be used.
+        ModelError: the tokenizer has no chat template, and the rows need one.
+    """
     if config.old is None:
         return None
-    return to_chat(load_rows(config.old, "train", seed=config.seed), config.old)
+    rows = to_chat(load_rows(config.old, "train", seed=config.seed), config.old)
+    if tokenizer is not None and max_length is not None:
+        template_check(tokenizer, chat="text" not in rows.column_names)
+        if long := count_long(rows, tokenizer, max_length):
+            say(f"old: {long_note(long, len(rows), max_length)}")
+    return rows
+
+
+def hold_to_context(config: RunConfig, train: dict[str, Any], tokenizer: Any, say: Say) -> None:
+    """Set `max_length` of the training to the model's context where it is longer or null, and say so.
+
+    Raises:
+        ModelError: the model has no configuration.
+    """
+    from retain.models.load import known_context, load_settings
+
+    settings = load_settings(config.model)
+    context = known_context(settings.get_text_config(), tokenizer)
+    given = train.get("max_length")
+    if context is None or (given is not None and given <= context):
+        return
+    train["max_length"] = context
+    what = "null" if given is None else f"{given} is more than the model can read"
+    say(f"train.max_length: {what}; rows are held to the model's context of {context} tokens")
+
+
+@dataclass
+class Rows:
+    """What is learned and what stands for old data.
+
+    Args:
+        tokenizer: of the model.
+        tasks: in order.
+        old: the user's old rows in chat form, or None.
+        notes: what was said about them.
+    """
+
+    tokenizer: Any
+    tasks: list[Task]
+    old: Any
+    notes: list[str]
+
+
+def read_rows(config: RunConfig, train: dict[str, Any], say: Say) -> Rows:
+    """Tokenizer, tasks and old rows of a run; `train` is held to the model's context.
+
+    Args:
+        train: settings of the training, complete.
+
+    Raises:
+        RetainError: as the functions above.
+    """
+    from retain.models.load import load_tokenizer
+
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
+    tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
+    hold_to_context(config, train, tokenizer, note)
+    longest = train.get("max_length")
+    tasks = load_tasks(config, tokenizer, longest, note)
+    return Rows(tokenizer, tasks, load_old(config, tokenizer, longest, note), notes)
+
+
+def digests(config: RunConfig, rows: Rows) -> dict[str, dict[str, str]]:
+    """By what a run directory knows its rows again: setting → part of the rows → digest."""
+    found = {f"tasks.{name}": fingerprint.of_task(task) for name, task in zip(config.task_names, rows.tasks)}
+    return found | ({} if rows.old is None else {"old": {"rows": fingerprint.of_rows(rows.old)}})
 
 
 def load_probes(

@@ -18,12 +18,14 @@ def outcome(
     stages: list[str],
     probes: list[ProbeInfo],
     methods: dict[str, dict[str, Any]],
+    notes: list[str],
 ) -> Results:
     """The results of a run whose stages are all trained and probed.
 
     Args:
         stages: the base first, then one per task.
         methods: settings of those that were at work, by name.
+        notes: what was done to the rows.
 
     Raises:
         RunError: an item table that is not there or cannot be read.
@@ -59,6 +61,7 @@ def outcome(
         changes=changes,
         verdict=analysis.verdict(changes, probes, first, last, confidence=confidence),
         training=[StepSummary(**{k: v for k, v in s.items() if k != "kind"}) for s in summaries],
+        notes=notes,
     )
 
 

@@ -16,7 +16,7 @@ from retain import analysis
 from retain.config import RunConfig
 from retain.data.tasks import Task
 from retain.errors import ConfigError, RetainError, RunError, disk_full
-from retain.inputs import Say, load_old, load_probes, load_tasks, space_needed
+from retain.inputs import Rows, Say, digests, load_probes, read_rows, space_needed
 from retain.methods import build
 from retain.methods.base import Stack
 from retain.outcome import outcome
@@ -84,6 +84,27 @@ def _planned(config: RunConfig) -> Plan:
     return Plan(config, stack, train, stages)
 
 
+def check_directory(planned: Plan, rows: Rows, say: Say) -> dict[str, dict[str, str]]:
+    """Check that the run directory can take this run, or go on with it; nothing is written.
+
+    Returns:
+        The digests of the rows, for `RunDirectory.begin`.
+
+    Raises:
+        RunError: it holds another run or other things, cannot be written or is damaged, or there is too little space.
+    """
+    config, place = planned.config, RunDirectory(planned.config.directory)
+    data = digests(config, rows)
+    for setting in place.check(config, data):
+        say(f"{setting}: this run was made when rows were not recorded; whether they changed is not known.")
+    place.require_space(space_needed(config, any(m.name == "lora" for m in planned.stack.methods)))
+    for stage in planned.stages:
+        place.done(stage)
+        if place.items(stage).is_file():
+            load_items(place.items(stage))
+    return data
+
+
 def run(config: RunConfig, say: Say = print) -> Results:
     """Carry out a run, or go on with it.
 
@@ -122,21 +143,18 @@ class _Runner:
 
     def run(self) -> Results:
         config, place = self.config, self.place
-        from retain.models.load import load_tokenizer
-
         # everything that can be wrong with the input is found before anything is written
-        self.tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
         with self.ranks.main_process_first():  # one process fills the caches
-            self.tasks = load_tasks(config, self.tokenizer, self.plan.train.get("max_length"), self.say)
-            self.old = load_old(config)
+            rows = read_rows(config, self.plan.train, self.say)
+        self.tokenizer, self.tasks, self.old = rows.tokenizer, rows.tasks, rows.old
         self.plan.stack.check_inputs(self.tokenizer)
         methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
         self.model: Any = None
         # under torchrun all processes train; the main one alone writes and probes, the others wait for it
         if self.ranks.is_main_process:
-            place.require_space(space_needed(config, "lora" in methods))
             self.probes, self.infos, questions = load_probes(config, self.tasks, self.tokenizer, self.say)
-            place.begin(config)
+            data = check_directory(self.plan, rows, self.say)
+            place.begin(config, data)
             for name, lines in ({} if config.private else questions).items():
                 write_text(place.questions(name), lines)
             self._probe(BASE, 0)
@@ -153,7 +171,7 @@ class _Runner:
         if self.ranks.is_main_process:
             from retain.report.page import write_report
 
-            save_results(outcome(config, place, self.plan.stages, self.infos, methods), place.path)
+            save_results(outcome(config, place, self.plan.stages, self.infos, methods, rows.notes), place.path)
             write_report(place.path)
         self.ranks.wait_for_everyone()
         return load_results(place.path)

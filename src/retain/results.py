@@ -150,6 +150,7 @@ class Results(_Record):
     changes: list[Change]  # base against the last stage, every probe
     verdict: Verdict | None
     training: list[StepSummary]
+    notes: list[str] = []  # what was done to the rows: held out, dropped, cut
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,9 @@ from retain.results import write_text
 
 BASE = "00-base"
 
+#: Digests of rows: setting → part of it → digest.
+Data = Mapping[str, Mapping[str, str]]
+
 
 class RunDirectory:
     """Paths and marks of one run.
@@ -35,6 +38,11 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "run.yaml"
+
+    @property
+    def data(self) -> Path:
+        """By which the rows of the run are known again."""
+        return self.path / "data.json"
 
     @property
     def metrics(self) -> Path:
@@ -57,38 +65,81 @@ class RunDirectory:
         return self.path / "probes" / f"{name}.jsonl"
 
     # -- begin and continue --------------------------------------------------------------------------------
-    def begin(self, config: RunConfig) -> None:
-        """Make the directory, or check that it belongs to this configuration.
+    def check(self, config: RunConfig, data: Data | None = None) -> list[str]:
+        """Find out whether the directory can be used for this configuration on these rows; nothing is written.
 
-        A finished run may be continued with more tasks: the earlier ones must be the same.
+        A finished run may be continued with more tasks: the earlier ones must be the same, and so must their rows.
+
+        Args:
+            config: of the run.
+            data: digests of the rows, by setting (`tasks.NAME`, `old`) and part of it; None compares no rows.
+
+        Returns:
+            The settings whose rows cannot be compared, as the directory was made when none were recorded.
 
         Raises:
-            RunError: the directory holds another run, or cannot be written.
+            RunError: the directory holds another run or other things, or there cannot be one.
         """
+        unknown: list[str] = []
         if self.config.is_file():
             earlier = self.read_config()
-            old, new = earlier.model_dump(mode="json"), config.model_dump(mode="json")
-            differs = next(
-                (key for key in new if key not in ("tasks", "name", "output") and new[key] != old[key]), None
-            )
-            count = len(earlier.tasks)
-            if differs is None and (
-                new["tasks"][:count] != old["tasks"] or config.task_names[:count] != earlier.task_names
-            ):
-                differs = "tasks"
-            if differs:
-                raise RunError(
-                    f"{self.path}: this directory holds a run with other `{differs}`. Choose another `output:` (or "
-                    "`--output`), or delete the directory. More tasks may be added at the end of the list."
-                )
+            self._check_settings(earlier, config)
+            unknown = self._check_rows(self._recorded(earlier), data or {})
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise RunError(f"{self.path}: not empty and not a run directory. Choose another `output:`.")
+        place = self._existing()
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            reason = "no permission" if place.is_dir() else f"{place} is a file"
+            raise RunError(f"{self.path}: cannot be written ({reason}). Choose another `output:`.")
+        return unknown
+
+    def begin(self, config: RunConfig, data: Data | None = None) -> list[str]:
+        """Make the directory, or check that it belongs to this configuration; arguments and errors as for `check`."""
+        unknown = self.check(config, data)
+        recorded = self._recorded(self.read_config()) if self.config.is_file() else {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, dump(config))
+            write_text(self.data, json.dumps({**(data or {}), **recorded}, indent=1, ensure_ascii=False) + "\n")
             write_text(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror}). Choose another `output:`.") from error
+        return unknown
+
+    def _check_settings(self, earlier: RunConfig, config: RunConfig) -> None:
+        old, new = earlier.model_dump(mode="json"), config.model_dump(mode="json")
+        differs = next((key for key in new if key not in ("tasks", "name", "output") and new[key] != old[key]), None)
+        count = len(earlier.tasks)
+        if differs is None and (
+            new["tasks"][:count] != old["tasks"] or config.task_names[:count] != earlier.task_names
+        ):
+            differs = "tasks"
+        if differs:
+            raise RunError(
+                f"{self.path}: this directory holds a run with other `{differs}`. Choose another `output:` (or "
+                "`--output`), or delete the directory. More tasks may be added at the end of the list."
+            )
+
+    def _check_rows(self, recorded: Mapping[str, Any], data: Data) -> list[str]:
+        for setting, parts in data.items():
+            for part, digest in parts.items():
+                before = (recorded.get(setting) or {}).get(part, digest)
+                if before != digest:
+                    raise RunError(
+                        f"{self.path}: the {part} of `{setting}` changed since this run was made (then {before}, now "
+                        f"{digest}). Put the earlier ones back, choose another `output:` (or `--output`), or delete "
+                        "the directory."
+                    )
+        return [setting for setting in data if recorded.get(setting, {}) is None]
+
+    def _recorded(self, earlier: RunConfig) -> dict[str, Any]:
+        """Digests of the rows that the run was made with; None where they are not known, as in an older directory."""
+        if not self.data.is_file():
+            return dict.fromkeys([*(f"tasks.{name}" for name in earlier.task_names), "old"])
+        try:
+            return dict(json.loads(self.data.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{self.data}: damaged ({error}). Delete it; rows are then no longer compared.") from error
 
     def read_config(self) -> RunConfig:
         """The configuration that the run was made with.
@@ -141,15 +192,20 @@ class RunDirectory:
         Raises:
             RunError: less is free.
         """
-        place = self.path.absolute()
-        while not place.is_dir():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        place = self._existing()
+        free = shutil.disk_usage(place if place.is_dir() else place.parent).free
         if free < needed:
             raise RunError(
                 f"{self.path}: {free / 2**30:.1f} GiB are free, about {needed / 2**30:.1f} GiB are needed for "
                 "checkpoints and models. Free some space, choose another `output:`, or use `lora`."
             )
+
+    def _existing(self) -> Path:
+        """The directory, or the nearest thing above it that is there."""
+        place = self.path.absolute()
+        while not os.path.exists(place):
+            place = place.parent
+        return place
 
 
 def stage_name(index: int, task: str) -> str:

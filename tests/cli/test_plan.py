@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from run_kit import settings, workshop, write_config
 
 from retain.cli import main
+from retain.config import parse
 from retain.models import machine
+from retain.rundir import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +88,44 @@ def test_what_a_run_would_stumble_over_is_found(changes, said, shop, tmp_path, m
         main()
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def refused(monkeypatch, capsys, file) -> str:
+    monkeypatch.setattr(sys, "argv", ["retain", "plan", str(file)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_directory_that_a_run_refuses_is_found(shop, tmp_path, monkeypatch, capsys):
+    values = settings(shop, tmp_path / "run")
+    file = write_config(tmp_path / "c.yaml", values)
+    place = RunDirectory(tmp_path / "run")
+    place.path.mkdir()
+    (place.path / "thesis.tex").write_text("years of work")
+    assert "not empty and not a run directory" in refused(monkeypatch, capsys, file)
+    (place.path / "thesis.tex").unlink()
+    place.begin(parse(values | {"seed": 1}))
+    assert "a run with other `seed`" in refused(monkeypatch, capsys, file)
+    place.config.unlink()
+    place.data.unlink()
+    (place.path / "env.json").unlink()
+    place.begin(parse(values), {"tasks.count": {"training rows": "others"}})
+    assert "training rows of `tasks.count` changed" in refused(monkeypatch, capsys, file)
+    place.data.write_text("{}")
+    place.items("00-base").parent.mkdir()
+    place.items("00-base").write_text("no table")
+    assert "damaged item table" in refused(monkeypatch, capsys, file)
+    place.items("00-base").unlink()
+    place.task("01-count").mkdir(parents=True)
+    (place.task("01-count") / "done.json").write_text("{")
+    assert "done.json: damaged" in refused(monkeypatch, capsys, file)
+
+
+def test_too_little_space_is_found(shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    file = write_config(tmp_path / "c.yaml", settings(shop, tmp_path / "run"))
+    assert "are needed for checkpoints" in refused(monkeypatch, capsys, file)
+    assert not (tmp_path / "run").exists()

@@ -161,3 +161,32 @@ def test_the_same_rows_are_asked_again(lines):
     assert "memory" in task.notes[0]
     with pytest.raises(ConfigError, match="stream"):
         load_task(path, test="same", streaming=True)
+
+
+def test_no_more_rows_are_held_out_than_are_tested(lines):
+    path = lines("x.jsonl", rows(0, 20))
+    task = load_task(path, test_limit=1, hold_out=0.5)
+    assert (len(task.test_rows), len(task.rows)) == (1, 19)
+    assert "1 of 20 rows held out" in task.notes[0]
+    assert len(load_task(path, test_limit=15, hold_out=0.5).test_rows) == 10
+    assert len(load_task(path, test_limit=3, streaming=True).test_rows) == 3
+
+
+def test_long_rows_of_a_stream_are_left_out_as_they_come(lines, tokenizer):
+    long = {"prompt": "long", "response": "word " * 100}
+    path = lines("x.jsonl", [*rows(0, 4), long, *rows(4, 8)])
+    given = {"tokenizer": tokenizer, "max_length": 60, "hold_out": 0, "streaming": True}
+    task = load_task(path, long="drop", **given)
+    assert asked(task) == [f"question {i}" for i in range(8)]
+    assert "rows of the stream that are longer than 60 tokens are left out as they come" in task.notes
+    assert len(asked(load_task(path, **given))) == 9
+    with pytest.raises(DataError, match="all rows are longer"):
+        load_task(path, long="drop", **given | {"max_length": 2})
+    texts = lines("t.jsonl", [{"text": "short"}, {"text": "word " * 100}])
+    assert [row["text"] for row in load_task(texts, long="drop", **given).rows] == ["short"]
+
+
+def test_leaving_long_rows_out_needs_a_length(lines, tokenizer):
+    for given in ({}, {"tokenizer": tokenizer}, {"max_length": 60}):
+        with pytest.raises(ConfigError, match="'drop' has no effect without a longest length"):
+            load_task(lines("x.jsonl", rows(0, 10)), long="drop", **given)

@@ -22,7 +22,7 @@ def command(
     preset: Annotated[str | None, typer.Option("--preset", help="A recipe by name; see `retain methods`.")] = None,
     set_: Annotated[list[str], typer.Option("--set", "-o", help="Override a setting.")] = [],  # noqa: B006
 ) -> None:
-    """Check a configuration and its data; estimate memory and time; show every setting that would be used.
+    """Check a configuration, its data and its run directory; estimate memory and time; show all settings.
 
     Nothing is trained or written, and no weights are loaded.
     """
@@ -32,19 +32,19 @@ def command(
     settings = configuration(config, task, model, output, set_, preset)
     quiet_libraries()
     from retain.estimate import estimate
-    from retain.inputs import load_old, load_probes, load_tasks
-    from retain.models.load import load_tokenizer
-    from retain.pipeline import plan
+    from retain.inputs import load_probes, read_rows
+    from retain.pipeline import check_directory, plan
 
     out = console()
     notes: list[str] = []
     with out.status("reading the data, rehearsing a step …"):
         planned = plan(settings)
-        tokenizer = load_tokenizer(settings.model.name, settings.model.revision, settings.model.trust_remote_code)
+        rows = read_rows(settings, planned.train, notes.append)
+        tokenizer, tasks = rows.tokenizer, rows.tasks
         planned.stack.check_inputs(tokenizer)
-        tasks = load_tasks(settings, tokenizer, planned.train.get("max_length"), notes.append)
         probes, _, _ = load_probes(settings, tasks, tokenizer, notes.append)
-        found = estimate(planned, tasks, tokenizer, probes, load_old(settings))
+        check_directory(planned, rows, notes.append)
+        found = estimate(planned, tasks, tokenizer, probes, rows.old)
     names = [method.name for method in planned.stack.methods]
     share = found.trainable / found.parameters
     about = {

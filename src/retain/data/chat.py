@@ -201,22 +201,25 @@ def row_lengths(rows: Dataset, tokenizer: Any) -> np.ndarray:
     """Tokens of every row as it is trained on, chat template and end of text included; shape (rows,)."""
     from retain.data.json_rows import quiet
 
-    names = rows.column_names
-
-    def count(batch: dict[str, list[Any]]) -> dict[str, list[int]]:
-        if "text" in names:
-            extra = 1 if tokenizer.eos_token else 0
-            return {"tokens": [len(ids) + extra for ids in tokenizer(batch["text"])["input_ids"]]}
-        if "messages" in names:
-            chats = batch["messages"]
-        else:
-            chats = [list(p) + list(c) for p, c in zip(batch["prompt"], batch["completion"])]
-        rendered = tokenizer.apply_chat_template(chats, tokenize=False)
-        return {"tokens": [len(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]]}
+    def count(batch: dict[str, list[Any]]) -> dict[str, np.ndarray]:
+        return {"tokens": batch_lengths(batch, tokenizer)}
 
     with quiet():
-        counted = rows.map(count, batched=True, remove_columns=names)
+        counted = rows.map(count, batched=True, remove_columns=rows.column_names)
     return np.asarray(counted["tokens"], dtype=np.int64)
+
+
+def batch_lengths(batch: dict[str, list[Any]], tokenizer: Any) -> np.ndarray:
+    """The same for a batch of rows, given as columns."""
+    if "text" in batch:
+        extra = 1 if tokenizer.eos_token else 0
+        return np.array([len(ids) + extra for ids in tokenizer(batch["text"])["input_ids"]], dtype=np.int64)
+    if "messages" in batch:
+        chats = batch["messages"]
+    else:
+        chats = [list(p) + list(c) for p, c in zip(batch["prompt"], batch["completion"])]
+    rendered = tokenizer.apply_chat_template(chats, tokenize=False)
+    return np.array([len(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]], dtype=np.int64)
 
 
 def count_long(rows: Dataset, tokenizer: Any, max_length: int) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retain.data.chat import On, long_note, prompt_text, row_form, row_lengths, to_chat
+from retain.data.chat import On, batch_lengths, long_note, prompt_text, row_form, row_lengths, to_chat
 from retain.data.sources import has_split, load_rows, locate
 from retain.errors import ConfigError, DataError, unknown
 
@@ -22,6 +22,8 @@ SETTINGS = (
     *("data", "name", "test", "on", "columns", "limit", "test_limit", "hold_out", "hold_out_at_most"),
     *("streaming", "list_choices", "long", "only"),
 )
+#: Rows of a stream that are measured at once.
+STREAMED = 100
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,14 @@ def load_task(
         hold_out: share of the rows that is held out when there is no test file, of texts two at least; 0 for none.
         hold_out_at_most: rows.
         limit: at most this many rows are read for training, drawn with `seed`.
-        test_limit: the same for test.
+        test_limit: the same for test; no more than this are held out either.
         columns: our name → name in the source.
         streaming: see `load_rows`; nothing is counted then.
         list_choices: see `to_chat`.
-        tokenizer, max_length: when both are given, rows longer than `max_length` tokens are counted.
+        tokenizer, max_length: when both are given, rows longer than `max_length` tokens are counted (not in a stream).
         only: column in the source → its values in the rows that are wanted, for training and test.
-        long: "cut" leaves long rows to the trainer, which cuts their end; "drop" leaves them out.
+        long: "cut" leaves long rows to the trainer, which cuts their end; "drop" leaves them out, those of a stream as
+            they come, and needs `tokenizer` and `max_length`.
 
     Raises:
         ConfigError: an unknown setting, or one that is impossible.
@@ -98,25 +101,32 @@ def load_task(
         raise ConfigError(f"hold_out_at_most: {hold_out_at_most} given. Allowed: 1 or more; for none, hold_out: 0.")
     if long not in ("cut", "drop"):
         raise ConfigError(unknown("long", long, ("cut", "drop")))
+    if long == "drop" and (tokenizer is None or max_length is None):
+        raise ConfigError(
+            "long: 'drop' has no effect without a longest length and a tokenizer. Set `train.max_length` (in Python "
+            "max_length and tokenizer), or long: cut."
+        )
     path = locate(spec, "train")
     label = str(path or spec)
     rows = load_rows(spec, "train", streaming, limit, seed, columns, only)
     form = row_form(rows.column_names or list(next(iter(rows))), label)
     notes: list[str] = []
+    most = min(hold_out_at_most, test_limit or hold_out_at_most)
     if test == "same":
-        test_rows = _recalled(rows, min(hold_out_at_most, test_limit or hold_out_at_most), seed, streaming, notes)
+        test_rows = _recalled(rows, most, seed, streaming, notes)
     else:
         test_rows = _test_rows(spec, test, test_limit, seed, columns, only, notes)
     if not test_rows and hold_out > 0:
         least = 2 if form == "text" else 1  # of documents one alone says nothing about others
-        rows, test_rows = _hold_out(rows, hold_out, hold_out_at_most, least, seed, streaming, label, notes)
+        rows, test_rows = _hold_out(rows, hold_out, most, least, seed, streaming, label, notes)
     if not test_rows:
         notes.append("no test rows: what this task gains cannot be measured")
     if test != "same":
         rows = _apart(rows, test_rows, form, streaming, label, notes)
     chat = to_chat(rows, label, on, list_choices)
-    if tokenizer is not None and max_length is not None and not streaming:
-        chat = _fit(chat, tokenizer, max_length, long, label, notes)
+    if tokenizer is not None and max_length is not None:
+        fit = _fit_stream if streaming else _fit
+        chat = fit(chat, tokenizer, max_length, long, label, notes)
     return Task(name or _short(spec, path), chat, test_rows, form, str(spec), notes)
 
 
@@ -224,3 +234,17 @@ def _fit(chat: Any, tokenizer: Any, max_length: int, long: str, label: str, note
         raise DataError(f"{label}: all {too_long} rows are longer than max_length {max_length} tokens. Raise it.")
     notes.append(long_note(too_long, len(lengths), max_length, left_out=long == "drop"))
     return chat.select(np.flatnonzero(lengths <= max_length)) if long == "drop" else chat
+
+
+def _fit_stream(chat: Any, tokenizer: Any, max_length: int, long: str, label: str, notes: list[str]) -> Any:
+    if long != "drop":
+        return chat
+    notes.append(f"rows of the stream that are longer than {max_length} tokens are left out as they come")
+
+    def fits(batch: dict[str, list[Any]]) -> list[bool]:
+        return (batch_lengths(batch, tokenizer) <= max_length).tolist()
+
+    kept = chat.filter(fits, batched=True, batch_size=STREAMED)
+    if next(iter(kept), None) is None:
+        raise DataError(f"{label}: all rows are longer than max_length {max_length} tokens. Raise it.")
+    return kept

@@ -3,7 +3,8 @@
     g̃ = g − strength · (⟨g, r⟩ / ‖r‖²) r  where ⟨g, r⟩ < 0, else g    (Chaudhry et al. 2018, arXiv:1812.00420, eq. 11)
 
 g = gradient of the step, r = gradient of the loss on `batch_size` old rows, drawn anew at every step. Old rows
-are those the user gives as `old` (otherwise rows the model writes itself) and, in a sequence, rows of earlier tasks.
+are those the user gives as `old` (otherwise rows the model writes itself) and, in a sequence, rows of earlier tasks
+(of a streamed task none is kept).
 Deviations from the paper: the model's abilities from before are a memory too, so it acts from the first task on.
     Dots are taken over the global gradient, once per optimizer step. Adam then rescales the step, so that the
     promise holds to first order for plain gradient descent only. `strength` below 1 takes out a part.
@@ -53,6 +54,8 @@ class AGEM(Method):
         return "keeps rows of tasks; set `buffer: 0`" if self.config.buffer else None
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        if self.config.buffer:
+            run.say_unread(self.name, "none is kept for later tasks")
         parts = [run.old_rows(model, self.config.rows)]
         folder = shared_folder(run.buffer, self.config.buffer)
         if self.config.buffer and folder.is_dir():

@@ -157,7 +157,7 @@ class Run:
     batches: Callable[[Any, int], Iterator[tuple[dict[str, Any], torch.Tensor]]] = _no_batches
     tokenise: Callable[[Any], Any] = lambda rows: rows  # chat rows → rows as the trainer takes them, maybe packed
     whole_rows: Callable[[Any], Any] = lambda rows: rows  # the same, one for each row, never packed
-    new_rows: Any = None  # the task's rows in chat form (for buffers and importances)
+    new_rows: Any = None  # the task's rows in chat form (for buffers and importances); None for a stream
     step_batches: list[StepBatch] = field(default_factory=list)  # of this step, for methods with `repeats_batches`
     step_tokens: float = 0.0  # supervised tokens of this step over all micro-batches and ranks: divides a sum of losses
     plain_gradient: bool = False  # `.grad` is that of the mean cross-entropy of the step's rows and of nothing else
@@ -197,6 +197,11 @@ class Run:
         return self_written(
             model, self.tokenizer, self.buffer, number, self.seed, self.say, max_tokens, avoid=self.avoid
         )
+
+    def say_unread(self, name: str, what: str) -> None:
+        """Say, before training, what a method will not have of this task in later ones: its rows are not kept."""
+        if self.new_rows is None and self.shared is not None:
+            self.say(f"{name}: '{self.task}' is a stream, whose rows are not read again: {what}.")
 
     def check_stiffness(self, name: str, value: float) -> None:
         """Refuse a pull that plain gradient descent cannot follow; warn where Adam may hide it."""

@@ -5,6 +5,7 @@
 θ* = weights at the start of the task, F = diagonal Fisher information on rows that stand for old data, from the
 first task on: a pretrained model has abilities to lose. Over several tasks this is online EWC (Schwarz et al. 2018,
 arXiv:1805.06370): F ← decay · F + F of the task that ended, so that what is kept does not grow with their number.
+A streamed task adds none (but with `estimator: adam`), as its rows are not read again.
 With LoRA the pull is on the product ΔW = s·BA with the rank-1 importance r cᵀ / Σr, r and c the row and column sums
 of the Fisher of the base weight (EWC-LoRA, arXiv:2602.17559, in a form that never builds a matrix of the size of W).
 `estimator: adam` takes F from the second moment of Adam when a task ended, at no cost (Li et al. 2025,
@@ -93,6 +94,10 @@ class EWC(Estimating, Method):
             return super().given(path, model)
         found = self.scaled(moments.from_file(path, model, "methods.ewc.importance"), "dense")
         return importance.Importance(found.diagonal, self._described(model, 0))
+
+    @property
+    def reads_task(self) -> bool:
+        return self.config.estimator != "adam"
 
     def learned(self, model: Any, run: Run) -> importance.Importance | None:
         if self.config.estimator != "adam":

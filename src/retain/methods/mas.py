@@ -7,7 +7,8 @@ x = a row that stands for old data, f(x) = the logits at all its supervised posi
 constant added to all logits changes no prediction. One gradient per row: those of different rows would cancel.
 No label is used, only inputs. With LoRA the pull is on the product ΔW = s·BA with the rank-1 importance r cᵀ / Σr,
 r and c the row and column sums of the Ω of the base weight.
-Over several tasks Ω ← decay · Ω + Ω of the task that ended, with one anchor, the latest start.
+Over several tasks Ω ← decay · Ω + Ω of the task that ended, with one anchor, the latest start. A streamed task adds
+none, as its rows are not read again.
 Deviations from the paper: Ω is scaled to mean 1, so `strength` means the same on every model and as in ewc
     (`units: raw` is the paper's form). It is taken on old rows before the first task too: a pretrained model has
     abilities to lose. The last hidden state, a common stand-in for f, is not offered: behind a final RMSNorm its

@@ -150,7 +150,10 @@ class Remembering(Pulling):
 
 
 class Estimating(Remembering):
-    """Estimates F on rows: `importance` of old rows before the first task, of a task's own when it ended."""
+    """Estimates F on rows: `importance` of old rows before the first task, of a task's own when it ended.
+
+    A streamed task adds nothing: its rows are not there a second time. That is said before it is trained.
+    """
 
     class Config(Remembering.Config):
         samples: int = Field(1000, ge=1)
@@ -192,7 +195,14 @@ class Estimating(Remembering):
         found.about = self._described(model, min(len(run.new_rows), self.config.samples))
         return found
 
+    @property
+    def reads_task(self) -> bool:
+        """Whether F of a task that ended is estimated on its rows, which a stream does not give a second time."""
+        return True
+
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
+        if self.reads_task:
+            run.say_unread(self.name, "its importance is not added for later tasks")
         super().on_task_start(model, run)
         key = self._about.get("key")
         if key and PartialState().is_main_process and run.task_index == 1:

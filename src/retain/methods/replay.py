@@ -4,12 +4,13 @@
 
 ρ = fraction, counted in rows or supervised tokens and followed at every step, or in blocks after `every` steps, which
 hold as much; t = steps done of all steps, so that the mean of ρ is the share in all that is shown.
-Old rows are those of earlier tasks (a reservoir on disk) and, for what the model could do before: rows the user gives
-as `old`, otherwise conversations that the model writes with itself before training starts (Magpie header,
-arXiv:2406.08464; self-written replay, arXiv:2602.20162). `source: demonstrations` writes rows like a few that are
-given: inputs in context, answers by the latest model, k-means for diversity (SSR, arXiv:2403.01244). `on_policy` lets
-the latest model answer old prompts before each task and keeps what a check finds right (OPR, arXiv:2605.29495). What
-was written, and by which weights, is in the run's `buffer` folder; nothing of it repeats an item of the probes. With a
+Old rows are those of earlier tasks (a reservoir on disk; of a streamed task none is kept) and, for what the model could
+do before: rows the user gives as `old`, otherwise conversations that the model writes with itself before training
+starts (Magpie header, arXiv:2406.08464; self-written replay, arXiv:2602.20162). `source: demonstrations` writes rows
+like a few that are given: inputs in context, answers by the latest model, k-means for diversity (SSR,
+arXiv:2403.01244). `on_policy` lets the latest model answer old prompts before each task and keeps what a check finds
+right (OPR, arXiv:2605.29495). What was written, and by which weights, is in the run's `buffer` folder; nothing of it
+repeats an item of the probes. With a
 `priority`, the row of each place is drawn late, with P(i) ∝ (u_i + floor)^exponent (Schaul et al. 2015,
 arXiv:1511.05952), u = what the row is worth, measured again while training: a measurement decides from the next one on,
 so that rows read ahead are the same whoever reads. Or rows come from several `sources`, of which source i gives p_i ∝
@@ -147,6 +148,8 @@ class Replay(Prioritised, Method):
     def prepare_data(self, data: Mixture, run: Run) -> Mixture:
         c = self.config
         self.check_data(data)
+        if c.buffer and "tasks" in c.asked:
+            run.say_unread(self.name, "none is kept for later tasks")
         share = mean_share(c.share)
         # twice what one pass needs: variety protects, and fewer are written faster
         needed = math.ceil(len(data.new) * share / (1 - share)) if hasattr(data.new, "__len__") else c.rows

@@ -3,7 +3,8 @@
     θ ← θ* + 𝒫(θ − θ*),  𝒫(Δ) = (I − UUᵀ) Δ (I − VVᵀ)  after every step     (Nayak et al. 2025, arXiv:2504.07097, eq. 4)
 
 θ* = weight at the start of the task, U and V its singular directions with the largest singular values (OSF). With
-`energy`, V also holds the directions of old inputs (GPM, arXiv:2103.09762), so that ΔW x = 0 for what they span.
+`energy`, V also holds the directions of old inputs (GPM, arXiv:2103.09762), so that ΔW x = 0 for what they span; a
+streamed task adds none, as its rows are not read again.
 With LoRA, UᵀB = 0 and AV = 0, hence the product s·BA stays outside; A begins there.
 Deviations from the paper: the realised step is projected, and so is the first moment: the paper projects gradients,
     which Adam's division and weight decay lead back into the subspace. U and V are closed off each for itself, not
@@ -62,6 +63,8 @@ class Subspace(Method):
         """Find the directions, and take an adapter's A out of them."""
         layers = passes.linear_layers(model)
         self._check(model, layers)
+        if self.config.energy:
+            run.say_unread(self.name, "the directions of its inputs are not held in later tasks")
         self._known = self._old_directions(model, run, layers) if self.config.energy else {}
         self._sides: list[tuple[torch.nn.Parameter, bool, Any, Any]] = []  # (θ, whether from 0, U, V)
         free = []

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from retain.errors import DataError, ModelError
+from retain.models.load import known_context
 from retain.models.rows import (
     Progress,
     Row,
@@ -68,13 +69,7 @@ _abilities: weakref.WeakKeyDictionary[torch.nn.Module, _Ability] = weakref.WeakK
 
 def context_length(model: torch.nn.Module, tokenizer: Any) -> int:
     """Longest input in tokens: from the text config, else from the tokenizer, else 2048."""
-    config = text_config(model)
-    for name in ("n_positions", "max_position_embeddings", "n_ctx", "seq_length", "max_sequence_length"):
-        length = getattr(config, name, None)
-        if isinstance(length, int) and length > 0:
-            return length
-    length = getattr(tokenizer, "model_max_length", None)
-    return int(length) if length and length < 10**9 else 2048
+    return known_context(text_config(model), tokenizer) or 2048
 
 
 def prefix_token(tokenizer: Any) -> int:

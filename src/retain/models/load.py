@@ -58,6 +58,40 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
+def known_context(settings: Any, tokenizer: Any) -> int | None:
+    """Longest input in tokens, from the config of a language model, else from its tokenizer; None where neither says.
+
+    Args:
+        settings: of `transformers`, of the text part of a model for text and images.
+    """
+    for name in ("n_positions", "max_position_embeddings", "n_ctx", "seq_length", "max_sequence_length"):
+        length = getattr(settings, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    length = getattr(tokenizer, "model_max_length", None)
+    return int(length) if length and length < 10**9 else None
+
+
+def load_settings(config: ModelConfig) -> Any:
+    """The `transformers` configuration of a model, or of the base of an adapter; no weights are read.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoConfig
+
+    where = resolve(config.name)
+    try:
+        while (adapter := Path(where) / "adapter_config.json").is_file():  # it will be merged
+            where = resolve(json.loads(adapter.read_text())["base_model_name_or_path"])
+        return AutoConfig.from_pretrained(where, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.name: no configuration of '{config.name}' ({_first_line(error)}). Give '{STARTER}', a folder with "
+            "config.json, or a hub id that is reachable."
+        ) from error
+
+
 def load_model(config: ModelConfig | str, tokenizer: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer) in float32 unless the configuration says otherwise; adapters are merged, bottlenecks put on.
 

@@ -175,6 +175,8 @@ def _how(results: Results) -> list[str]:
                 ],
             )
         )
+    if results.notes:
+        parts.append("The rows:\n\n" + "\n".join(f"- {cell(note)}" for note in results.notes))
     fence = "`" * (3 + max((len(run) for run in re.findall(r"`+", results.command)), default=0))
     parts.append(f"Run it again:\n\n{fence}sh\n{results.command}\n{fence}")
     return parts
