@@ -13,12 +13,13 @@ tokens is inside the square and the squared mean is in it; it averages over the 
 has seen clipping and the pulls of methods in the gradient form; a downloaded model has none.
 Deviations from the paper: F is scaled to mean 1 over all weights (of adapted layers those of ΔW), so `strength` means
     the same on every model; `units: raw` is the paper's form. Labels are drawn from the model with one backward per
-    batch (unbiased) unless `estimator` says otherwise. There is one anchor, the latest start, not one penalty per task, which counts old data twice (Huszár
-    2017, arXiv:1712.03847). The pull is decay · F + F_new itself; online EWC multiplies it by decay once more.
+    batch (unbiased) unless `estimator` says otherwise. There is one anchor, the latest start, not one penalty per task,
+    which counts old data twice (Huszár 2017, arXiv:1712.03847). The pull is decay · F + F_new itself; online EWC
+    multiplies it by decay once more.
 Needs: old rows once: the user's, or written by the model.
-Cost: two copies of the trainable weights; one pass over `samples` rows per task; O(parameters) per step. F lies in
-    the run directory (`ewc/01.safetensors` from before the first task) and is found again by the content of model,
-    rows and settings; `importance` takes it from there, or from mas or si.
+Cost: one forward and backward pass over `samples` rows per task, O(parameters) per step; two copies of the trainable
+    weights. F lies in the run directory (`ewc/01.safetensors` from before the first task) and is found again by the
+    content of model, rows and settings; `importance` takes it from there, or from mas or si.
 Combine with: replay, distill, lora, freeze, interpolate.   Conflicts: l2sp (EWC with F = 1).
 Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3. In raw
     units 1e4–5e4 up to 20 billion parameters, 5e3–1e4 up to 85, 1e3–5e3 beyond are a start; times the mean of F

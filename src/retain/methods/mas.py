@@ -8,13 +8,13 @@ constant added to all logits changes no prediction. One gradient per row: those 
 No label is used, only inputs. With LoRA the pull is on the product ΔW = s·BA with the rank-1 importance r cᵀ / Σr,
 r and c the row and column sums of the Ω of the base weight.
 Over several tasks Ω ← decay · Ω + Ω of the task that ended, with one anchor, the latest start.
-Deviations from the paper: Ω is scaled to mean 1 over all weights (of adapted layers those of ΔW), so `strength`
-    means the same on every model and as in ewc; `units: raw` is the paper's form. It is taken on old rows before the first task too: a pretrained model has
-    abilities to lose. The last hidden state, a common stand-in for f, is not offered: behind a final RMSNorm its
-    length hardly depends on the weights.
+Deviations from the paper: Ω is scaled to mean 1 over all weights (of adapted layers those of ΔW), so `strength` means
+    the same on every model and as in ewc; `units: raw` is the paper's form. It is taken on old rows before the first
+    task too: a pretrained model has abilities to lose. The last hidden state, a common stand-in for f, is not offered:
+    behind a final RMSNorm its length hardly depends on the weights.
 Needs: old rows once: the user's, or written by the model.
-Cost: two copies of the trainable weights; one backward pass for each of `samples` rows before the first task and after
-    each one; O(parameters) per step.
+Cost: one forward and backward pass for each of `samples` rows per task, and before the first, O(parameters) per step;
+    two copies of the trainable weights.
 Combine with: replay, distill, lora, freeze, interpolate; with `ewc` or `l2sp` the pulls add up.   Conflicts: none.
 Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3.
 """
