@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from retain.models import params
+
 LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -68,6 +70,26 @@ def token_batch(rows: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
     """Random token ids [rows, length], none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def names_below(model: Any) -> set[str]:
+    """Names of the parameters of all modules that ran before the first decoder layer did; seen, not known."""
+    names, ran, begun = {id(p): name for name, p in model.named_parameters()}, set(), []
+
+    def note(module: Any, args: Any) -> None:
+        if module is first:
+            begun.append(True)
+        elif not begun:
+            ran.update(names[id(p)] for p in module.parameters(recurse=False))
+
+    first = params.decoder_layers(model)[0]
+    handles = [m.register_forward_pre_hook(note) for m in model.modules()]
+    with torch.no_grad():
+        model(input_ids=token_batch())
+    for handle in handles:
+        handle.remove()
+    assert begun
+    return ran
 
 
 def take_steps(model: Any, steps: int = 2) -> None:

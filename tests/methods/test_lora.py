@@ -4,7 +4,7 @@ import typing
 
 import pytest
 import torch
-from families import FAMILIES, family_model, take_steps, token_batch
+from families import FAMILIES, OTHERS, SCALED, family_model, take_steps, token_batch
 from training_kit import merged, same_bits, stored, train
 
 from retain.errors import ConfigError
@@ -20,7 +20,7 @@ LAYERS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma2", "mistral"), ("q_proj v_proj", "q_proj k_proj v_proj o_proj")),
     "opt": ("q_proj v_proj", "q_proj k_proj v_proj out_proj"),
     "phi3": ("qkv_proj", "qkv_proj o_proj"),
-    "gpt2": ("c_attn", "c_attn"),
+    "gpt2": ("c_attn", "c_attn c_proj"),
     "gpt_neox": ("query_key_value", "query_key_value dense"),
     "falcon": ("query_key_value", "query_key_value dense"),
 }
@@ -55,6 +55,16 @@ def test_presets_find_the_right_layers(kind):
         if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear") and "lm_head" not in name:
             assert name in params.lora_pairs(everywhere) or name == "embed_out"
     assert not hasattr(head, "lora_A"), "the output layer has no adapter"
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *SCALED, *OTHERS])
+def test_attention_is_all_of_it_and_nothing_else(kind):
+    model = family_model(kind)
+    attention = [m for m in params.causal(model).modules() if "Attention" in type(m).__name__]
+    inside = {id(p) for module in attention for p in module.parameters() if p.dim() == 2}
+    for settings in ({"targets": "attention"}, {"domain": "middle"}):
+        pairs = params.lora_pairs(adapted(family_model(kind), **{"r": 2} | settings))
+        assert {name + ".weight" for name in pairs} == {n for n, p in model.named_parameters() if id(p) in inside}
 
 
 def test_only_factors_learn_and_the_base_stays():

@@ -27,7 +27,7 @@ HARD = {"weight_decay": 0.1, "lr_scheduler_type": "constant"}  # what moves weig
 
 
 class Seen(Method):
-    """Remembers the weights after every step; listed after PackNet."""
+    """Remembers the weights after every step."""
 
     name = "seen"
     off = {}
@@ -39,7 +39,7 @@ class Seen(Method):
     def on_task_start(self, model, run):
         self.steps = [stored(model)]
 
-    def on_step_end(self, model, run):
+    def see_step(self, model, run):
         self.steps.append(stored(model))
 
 

@@ -161,6 +161,34 @@ def test_raw_units_are_the_mean_times_normalised_ones(name, tmp_path):
     assert distance(held, stored(once(make(name, strength=1e-9), tmp_path / "free", **EXACT).model)) > 1e-3
 
 
+@pytest.mark.parametrize("name", ESTIMATING, indirect=False)
+def test_ordinary_and_adapted_weights_are_on_one_scale(name, tmp_path, model):
+    """Norms that learn beside an adapter matter as much more or less than its layers as they do in the whole model."""
+    made, few = trainer([LoRA(r=2)], tmp_path, model.double()), rows(4)
+    for kind, parameter in params.causal(made.model).named_parameters():
+        parameter.requires_grad_(kind.endswith("norm.weight") or parameter.requires_grad)
+    raw, scaled = (make(name, units=u).importance(made.model, made.run, few) for u in ("raw", "normalised"))
+    dense, pairs = params.outside_lora(made.model), params.lora_pairs(made.model)
+    assert dense
+    assert pairs
+    ratios = {n: float(scaled[n].sum() / raw[n].sum()) for n in raw}
+    assert max(ratios.values()) == pytest.approx(min(ratios.values()), rel=1e-4)
+    total = sum(float(scaled[n].sum()) for n in [*dense, *(f"{pair}.rows" for pair in pairs)])
+    assert total == pytest.approx(
+        sum(p.numel() for p in [*dense.values(), *(q.base for q in pairs.values())]), rel=1e-4
+    )
+    # the same where every weight learns by itself
+    for pair in pairs.values():
+        pair.A.requires_grad_(False)
+        pair.B.requires_grad_(False)
+        pair.base.requires_grad_(True)
+    plain = make(name, units="raw").importance(made.model, made.run, few)
+    for n in dense:
+        torch.testing.assert_close(plain[n], raw[n])
+    for pair in pairs:
+        torch.testing.assert_close(plain[f"{pair}.base_layer.weight"].sum(1), raw[f"{pair}.rows"])
+
+
 EXACT = {"steps": 6, "adam_epsilon": 1e-3}
 
 

@@ -31,7 +31,7 @@ class Seen(Method):
     def on_task_start(self, model, run):
         self.start, self.acting = self.factors(model), merged(model)
 
-    def on_task_end(self, model, run):
+    def see_step(self, model, run):
         self.tuned = self.factors(model)
 
     def factors(self, model):

@@ -37,6 +37,39 @@ def test_mask_is_that_of_the_first_model(kind):
     assert not torch.equal(found, (perplexities(model, ids, labels) <= threshold).double())
 
 
+@pytest.mark.parametrize("source", [None, [0, 1, 0, 0, 1, 0]])
+def test_the_first_token_of_an_answer_is_left_out_where_asked(source):
+    """By default it is judged like the others, a deviation; the paper always masks it."""
+    model = family_model("llama").double()
+    ids, labels = labelled(6, 12)
+    labels[0, 6] = -100  # two answers in one row
+    labels[3, :-1] = -100  # an answer of one token
+    run = run_of(model)
+    begins = (labels[:, 1:] != -100) & (labels[:, :-1] == -100)
+    mine = torch.tensor([number == 0 for number in source or [0] * 6])[:, None] & (labels[:, 1:] != -100)
+    found = {}
+    for skip in (False, True):
+        method = STM(threshold=1e300, skip_first=skip, normalise=False)
+        method.on_task_start(model, run)
+        found[skip] = method.token_weights(tokens_of(model, ids, labels, source), run)
+    assert (found[False] == 1).all()
+    wanted = 1 - (begins & mine)[labels[:, 1:] != -100].double()
+    assert torch.equal(found[True], wanted)
+    assert int((wanted == 0).sum()) == (7 if source is None else 5)
+
+
+def test_in_packed_rows_each_sequence_has_a_first_token():
+    model = family_model("llama").double()
+    ids, labels = labelled(1, 12)
+    labels[:] = ids  # two texts, with nothing between them that is not learned
+    labels[0, 0] = -100
+    tokens = tokens_of(model, ids, labels)
+    tokens.batch.inputs["position_ids"] = torch.tensor([[*range(5), *range(7)]])
+    method = STM(threshold=1e300, skip_first=True)
+    method.on_task_start(model, run_of(model))
+    assert (method.token_weights(tokens, run_of(model)) == 0).nonzero()[:, 0].tolist() == [0, 4]
+
+
 def test_no_threshold_is_plain_training(tmp_path):
     settings = {"steps": 3, **PLAIN}
     model = family_model("llama").double()

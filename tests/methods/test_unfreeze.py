@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from families import FAMILIES, family_model
+from families import FAMILIES, family_model, names_below
 from training_kit import Killed, StopAt, distance, same_bits, stored, train, trainer
 
 from retain.errors import ConfigError
@@ -33,7 +33,7 @@ def moved(start, end):
     return {name for name in start if not torch.equal(start[name], end[name])}
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, "bloom"])
 def test_groups_go_from_the_head_to_the_embeddings(kind):
     model = family_model(kind)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -41,7 +41,7 @@ def test_groups_go_from_the_head_to_the_embeddings(kind):
     assert [begin for begin, _ in stages] == pytest.approx([0, 0.2, 0.4, 0.6])
     assert all(a < b for (_, a), (_, b) in itertools.pairwise(stages))
     assert stages[-1][1] == set(names.values())
-    embeddings = {names[id(p)] for p in model.get_input_embeddings().parameters()}
+    embeddings = names_below(model)
     top = {names[id(p)] for p in params.decoder_layers(model)[-1].parameters()}
     assert top <= stages[0][1]
     head = {names[id(p)] for p in model.get_output_embeddings().parameters()}

@@ -96,9 +96,11 @@ def test_of_a_whole_weight_under_an_adapter_the_sums_are_taken(kind):
         assert (rows.shape, columns.shape) == ((pair.B.shape[0],), (pair.A.shape[1],))
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_units_there_and_back(lora):
-    model = adapted() if lora else family_model("llama")
+@pytest.mark.parametrize("trained", ["dense", "adapted", "both"])
+def test_units_there_and_back(trained):
+    model = family_model("llama") if trained == "dense" else adapted()
+    if trained == "both":
+        params.causal(model).model.norm.weight.requires_grad_(True)
     even = importance.even(model, 1.0)
     torch.manual_seed(0)
     raw = Importance({n: 1e-6 * t * torch.rand_like(t) for n, t in even.items()}, {"units": "raw"})
@@ -110,8 +112,9 @@ def test_units_there_and_back(lora):
     count += sum(pair.B.shape[0] * pair.A.shape[1] for pair in params.lora_pairs(model).values())
     kept = [n for n in scaled.tensors if not n.endswith(".columns")]
     assert sum(float(scaled.tensors[n].double().sum()) for n in kept) == pytest.approx(count, rel=1e-5)
-    factor = float(raw.tensors[kept[0]][0].sum() / scaled.tensors[kept[0]][0].sum())
-    scaled.about["means"] = {"adapted" if lora else "dense": factor}
+    factors = [float(raw.tensors[n].sum() / scaled.tensors[n].sum()) for n in kept]
+    assert max(factors) == pytest.approx(min(factors), rel=1e-4)
+    scaled.about["means"] = importance.own_means(raw.tensors)
     again = importance.in_units(scaled, model, "raw", "here")
     for n in raw.tensors:
         torch.testing.assert_close(again.tensors[n], raw.tensors[n], rtol=1e-4, atol=1e-12)

@@ -1,7 +1,7 @@
 """How high weights lie, in every family, wrapped and tied."""
 
 import pytest
-from families import FAMILIES, family_model
+from families import FAMILIES, family_model, names_below
 
 from retain.errors import ConfigError
 from retain.methods.context import Run
@@ -10,7 +10,7 @@ from retain.models import params
 from retain.models.layer_strengths import factors, heights
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, "bloom", "gpt_neo"])
 def test_every_trained_weight_has_a_height(kind):
     model = family_model(kind)
     found = heights(model)
@@ -19,7 +19,7 @@ def test_every_trained_weight_has_a_height(kind):
     names = {id(p): n for n, p in params.causal(model).named_parameters()}
     for i, layer in enumerate(layers):
         assert {found[names[id(p)]] for p in layer.parameters()} == {i / (len(layers) - 1)}
-    assert found[names[id(model.get_input_embeddings().weight)]] == 0
+    assert {found[name] for name in names_below(model)} == {0}
     head = model.get_output_embeddings().weight
     assert found[names[id(head)]] == (0 if head is model.get_input_embeddings().weight else 1)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, SCALED, family_model, take_steps, token_batch
+from families import FAMILIES, OTHERS, SCALED, family_model, names_below, take_steps, token_batch
 from training_kit import same_bits
 
 from retain.methods.context import Run
@@ -169,3 +169,17 @@ def test_start_weights_of_a_half_frozen_half_precision_model_act_as_the_weights_
     assert not torch.equal(params.hidden_states(model, inputs), before)
     assert torch.equal(params.hidden_states(model, inputs, start), before)
     assert torch.equal(params.head(model, start)[0], head)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*((kind, {}) for kind in [*FAMILIES, *SCALED, *OTHERS]), ("opt", {"word_embed_proj_dim": 16})],
+)
+def test_what_lies_below_the_layers_is_what_runs_before_them(kind, settings):
+    model = family_model(kind, **settings)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)] for module in params.input_modules(model) for p in module.parameters()}
+    assert found == names_below(model)
+    for wrapped in (adapted(model), torch.compile(model, backend="eager")):
+        again = {id(p) for module in params.input_modules(wrapped) for p in module.parameters()}
+        assert again == {id(model.get_parameter(name)) for name in found}

@@ -54,7 +54,7 @@ def command(name: Annotated[str | None, typer.Argument(help="Show this method's 
 
 
 def part(doc: str, name: str) -> str:
-    """The first statement of a docstring's part, such as "Cost"."""
+    """The first sentence of a docstring's part, such as "Cost"; all of it, as what costs most may stand last."""
     found = re.search(rf"^{name}:\s*(.*?)(?=^\w[\w ]*:|\s{{3,}}\w+:|\Z)", doc, re.S | re.M)
     words = " ".join(found[1].split()) if found else ""
-    return re.split(r"[;.](?:\s|$)", words, maxsplit=1)[0]
+    return re.split(r"\.(?:\s|$)", words, maxsplit=1)[0]

@@ -205,22 +205,24 @@ def accumulate(
     return result
 
 
-def normalise(importance: Importance) -> Importance:
-    """Scale F in place to a mean of 1 over all its weights, and return it.
+def normalise(importance: Importance, *others: Importance) -> Importance:
+    """Scale F in place to a mean of 1 over all its weights, and those of `others`, by one factor; return it.
 
     A strength then means the same on every model, and EWC and L2-SP share their units.
 
     Raises:
         ConfigError: no weight has an importance, or the total is 0 or not finite.
     """
-    count, total = importance.count(), importance.total()
+    every = (importance, *others)
+    count, total = sum(part.count() for part in every), math.fsum(part.total() for part in every)
     if count == 0 or not (math.isfinite(total) and total > 0):
         raise ConfigError(
             f"fisher: {count} protected weights with a total importance of {total}; allowed: at least one "
             "weight and a positive, finite total. Check which weights are protected, and the data."
         )
-    importance._multiply(count / total)
-    importance.scale *= count / total
+    for part in every:
+        part._multiply(count / total)
+        part.scale *= count / total
     return importance
 
 

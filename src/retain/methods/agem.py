@@ -9,7 +9,7 @@ Deviations from the paper: the model's abilities from before are a memory too, s
     Dots are taken over the global gradient, once per optimizer step. Adam then rescales the step, so that the
     promise holds to first order for plain gradient descent only. `strength` below 1 takes out a part.
 Needs: old rows at every step: the user's, or written by the model.
-Cost: one gradient in memory; one more forward and backward pass, on `batch_size` rows, per step.
+Cost: one more forward and backward pass, on `batch_size` rows, per step; one gradient in memory.
 Combine with: lora, freeze, replay, distill; list it after what adds to the gradient, so that its pull is judged too.
 Conflicts: none.
 Tune: `batch_size` at least the rows of a step; where few steps are turned (`agem/turned`), it costs and does nothing.

@@ -7,7 +7,7 @@ is that of −p_t: rare labels no longer dominate a step.
 Deviations from the paper: weights are divided by their running mean, so that the steps keep their size;
     `normalise: false` is the form of the paper. Tokens of replayed rows keep the weight 1 unless `rows: all`.
 Needs: nothing.
-Cost: one more product with the output head over the supervised tokens.
+Cost: one more product with the output head over the supervised tokens; no copy of weights.
 Combine with: replay, lora, freeze, interpolate; with `distill: {strength: 0.1, rows: all}` it is ASFT
     (arXiv:2509.23753).   Conflicts: none.
 Tune: `strength` 0.5–1. It can forget more than plain training (it did in the comparison of arXiv:2601.02151, table 1);

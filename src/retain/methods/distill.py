@@ -12,8 +12,8 @@ Deviations from the paper: the teacher is not a second model (unless `frozen`): 
     in place of the trainable ones (with LoRA, without the adapters). The divergence is computed in tiles from hidden
     states, never as a batch × length × vocabulary tensor. No learning-rate warm-up of new heads.
 Needs: nothing but the task's rows; better with `replay`.
-Cost: one copy of the trainable weights, or the other model; one more forward pass over the rows it applies to, and a
-    forward and backward pass over the texts.
+Cost: one more forward pass over the rows it applies to, and a forward and backward pass over the texts; one copy of the
+    trainable weights, or the other model.
 Combine with: replay (then it applies to the replayed rows), lora, ewc, freeze.   Conflicts: none.
 Tune: `strength` 0.2–2, `temperature` 1–2. `rows: all` costs new-task score, as the term opposes what is learned.
     `decay` about 1 − 10 / steps; nearer to 1 it is `start`.

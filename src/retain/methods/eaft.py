@@ -9,7 +9,7 @@ Deviations from the paper: weights are divided by their running mean, so that th
     `normalise: false` is the form of the paper. The divisor is ln k, where the released code has 3 for k = 20. Tokens
     of replayed rows keep the weight 1 unless `rows: all`.
 Needs: nothing.
-Cost: one more product with the output head over the supervised tokens, and their top k.
+Cost: one more product with the output head over the supervised tokens, and their top k; no copy of weights.
 Combine with: replay, distill, lora, freeze, interpolate.   Conflicts: none.
 Tune: nothing but `strength`, 0.5–1. Not for teaching facts that contradict the model: it blocks exactly those.
 """

@@ -12,14 +12,15 @@ of the Fisher of the base weight (EWC-LoRA, arXiv:2602.17559, in a form that nev
 arXiv:2507.18807). That is not the Fisher: it squares the gradient of a whole step, at true labels, so the sum over
 tokens is inside the square and the squared mean is in it; it averages over the last 1/(1 − β₂) steps, not at θ; it
 has seen clipping and the pulls of methods in the gradient form; a downloaded model has none.
-Deviations from the paper: F is scaled to mean 1, so `strength` means the same on every model (`units: raw` is the
-    paper's form). Labels are drawn from the model with one backward per batch (unbiased) unless `estimator` says
-    otherwise. There is one anchor, the latest start, not one penalty per task, which counts old data twice (Huszár
-    2017, arXiv:1712.03847). The pull is decay · F + F_new itself; online EWC multiplies it by decay once more.
+Deviations from the paper: F is scaled to mean 1 over all weights (of adapted layers those of ΔW), so `strength` means
+    the same on every model; `units: raw` is the paper's form. Labels are drawn from the model with one backward per
+    batch (unbiased) unless `estimator` says otherwise. There is one anchor, the latest start, not one penalty per task,
+    which counts old data twice (Huszár 2017, arXiv:1712.03847). The pull is decay · F + F_new itself; online EWC
+    multiplies it by decay once more.
 Needs: old rows once: the user's, or written by the model.
-Cost: two copies of the trainable weights; one pass over `samples` rows per task; O(parameters) per step. F lies in
-    the run directory (`ewc/01.safetensors` from before the first task) and is found again by the content of model,
-    rows and settings; `importance` takes it from there, or from mas or si.
+Cost: one forward and backward pass over `samples` rows per task, O(parameters) per step; two copies of the trainable
+    weights. F lies in the run directory (`ewc/01.safetensors` from before the first task) and is found again by the
+    content of model, rows and settings; `importance` takes it from there, or from mas or si.
 Combine with: replay, distill, lora, freeze, interpolate.   Conflicts: l2sp (EWC with F = 1).
 Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3. In raw
     units 1e4–5e4 up to 20 billion parameters, 5e3–1e4 up to 85, 1e3–5e3 beyond are a start; times the mean of F
@@ -92,7 +93,8 @@ class EWC(Estimating, Method):
     def given(self, path: Path, model: Any) -> importance.Importance:
         if path.suffix not in (".pt", ".bin"):
             return super().given(path, model)
-        found = self.scaled(moments.from_file(path, model, "methods.ewc.importance"), "dense")
+        found = moments.from_file(path, model, "methods.ewc.importance")
+        self.scaled(dense=found)
         return importance.Importance(found.diagonal, self._described(model, 0))
 
     @property
@@ -103,10 +105,11 @@ class EWC(Estimating, Method):
         if self.config.estimator != "adam":
             return super().learned(model, run)
         found = moments.second_moments(model, run.moments, run.adam_beta2, "methods.ewc.estimator")
-        return importance.Importance(self.scaled(found, "dense").diagonal, self._described(model, 0))
+        self.scaled(dense=found)
+        return importance.Importance(found.diagonal, self._described(model, 0))
 
     def importance(self, model: Any, run: Run, rows: Any) -> params.Tensors:
-        """F by parameter name, mean 1; for adapted layers the row and column sums of the base weight's F."""
+        """F by parameter name, of mean 1 over all weights; for adapted layers the sums of the base weight's F."""
         rows = rows.select(range(min(len(rows), self.config.samples)))
         pairs = params.lora_pairs(model)
         dense = params.outside_lora(model)
@@ -116,18 +119,17 @@ class EWC(Estimating, Method):
                 "methods.ewc.estimator: 'adam' knows nothing of weights that no earlier task trained, and some are "
                 "trained now. Use `estimator: sampled`."
             )
-        found: params.Tensors = {}
+        estimates: dict[str, fisher.Importance] = {}
         if dense:
-            estimate = self.scaled(self._accumulate(model, run, rows, dense, estimator), "dense")
-            found |= {name: estimate.dense(name) for name in dense}
+            estimates["dense"] = self._accumulate(model, run, rows, dense, estimator)
         if pairs:
             with base_gradients(model) as (bases, gradients):
-                estimate = self._accumulate(model, run, rows, bases, "rank1", gradients)
-            self.scaled(estimate, "adapted")
-            for name, pair in pairs.items():
-                sums = (estimate.rows[name], estimate.columns[name])
-                for key, value in zip(product_keys(name), sums[::-1] if pair.transposed else sums):
-                    found[key] = value
+                estimates["adapted"] = self._accumulate(model, run, rows, bases, "rank1", gradients)
+        self.scaled(**estimates)
+        found = {name: estimates["dense"].dense(name) for name in dense}
+        for name, pair in pairs.items():
+            sums = (estimates["adapted"].rows[name], estimates["adapted"].columns[name])
+            found |= dict(zip(product_keys(name), sums[::-1] if pair.transposed else sums))
         return found
 
     def _accumulate(

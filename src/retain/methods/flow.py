@@ -8,8 +8,8 @@ Deviations from the paper: weights are divided by their running mean, so that th
     `normalise: false` is the form of the paper. Tokens of replayed rows keep the weight 1 unless `rows: all`.
 Needs: nothing.
 Cost: one forward pass over the task's rows before training, on every rank, again after a resume; their losses in
-    memory. Of a stream one more forward pass per step instead, with the median of the rows in the steps before (in
-    the first step every row counts as the median one).
+    memory. Of a stream one more forward pass per step instead, with the median of the rows in the steps before (in the
+    first step every row counts as the median one).
 Combine with: replay, distill, lora, freeze, interpolate.   Conflicts: none.
 Tune: `strength` 0.5–1; `unit: token` weighs within rows too. Rows that are hard because they are new are learned least.
 """

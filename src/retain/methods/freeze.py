@@ -38,8 +38,8 @@ class Freeze(Method):
 
     class Config(MethodConfig):
         share: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.5
-        """Share of the layers to freeze, counted from the bottom; the embeddings go with them. `auto` goes by the size
-        of the model and `similarity`."""
+        """Share of the layers to freeze, counted from the bottom; all below goes with them, embeddings of tokens and of
+        positions. `auto` goes by the size of the model and `similarity`."""
         similarity: float | None = Field(None, ge=0, le=1)
         """For `share: auto`: how much the new data is like what the model knows; 1 is the same."""
         components: list[Component] = []
@@ -96,7 +96,7 @@ class Freeze(Method):
         names: set[str] = set()
         bottom = round(self._share(model)[0] * len(layers))
         if bottom:
-            names |= of(whole.get_input_embeddings(), *layers[:bottom])
+            names |= of(*params.input_modules(model), *layers[:bottom])
         for component in self.config.components:
             found = of(*_component(whole, layers, component))
             if not found:
@@ -119,7 +119,7 @@ class Freeze(Method):
 def _component(whole: Any, layers: torch.nn.ModuleList, component: str) -> list[torch.nn.Module | None]:
     """Modules of a component, told by their class, because attribute names differ between families."""
     if component == "embeddings":
-        return [whole.get_input_embeddings()]
+        return [*params.input_modules(whole)]
     if component == "head":
         return [whole.get_output_embeddings()]
     attention = [m for b in layers for m in b.modules() if "Attention" in type(m).__name__]

@@ -10,7 +10,7 @@ Deviations from the paper: the states of the last layer only, where the paper's 
     follows the equations. As adapters are merged between tasks, the next fast adapter starts at the slow one. Other
     trained weights are averaged in the same way. Means of A and of B are not the mean of BA.
 Needs: nothing but the task's rows; better with `replay`.
-Cost: one copy of the trainable weights; one more forward pass over the rows that the consistency applies to.
+Cost: one more forward pass over the rows that the consistency applies to; one copy of the trainable weights.
 Combine with: replay (as in the paper; without it the consistency applies to the new rows), label_smoothing, lora
     (its settings; without it an adapter of default settings).
 Conflicts: slao (which also says what the adapter is at the end of a task), packnet (which keeps single

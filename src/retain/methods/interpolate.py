@@ -6,7 +6,7 @@ strength = 1 − α of the paper: 0 keeps the trained weights, 1 returns the sta
 Deviations from the paper: done on ΔW with LoRA, where the start is ΔW = 0, by scaling B alone (exact; scaling
     A and B would scale the product twice). One α for all layers.
 Needs: nothing.
-Cost: one copy of the trainable weights while training; nothing per step.
+Cost: nothing per step; one copy of the trainable weights while training.
 Combine with: anything else; runs last.   Conflicts: slao, shared_lora (whose adapters do not begin at zero).
 Tune: `strength` 0.3–0.5; forgetting grows about with the square of the distance from the start.
 """

@@ -10,8 +10,9 @@ tasks come with `replay` alone.
 Deviations from the paper: there is none. Only the cross-entropy of old rows is kept to the key layers: terms of other
     methods on these rows reach all weights, and token weights of other methods act on new rows alone.
 Needs: old rows at every step: the user's, or written by the model.
-Cost: with `replay`, one more forward pass over the replayed rows of a step and a backward pass to the lowest key layer;
-    without it, the same over the rows drawn. `choose: auto` adds one pass over `samples` rows at the start of a task.
+Cost: with `replay`, one more forward pass over the replayed rows of a step and a backward pass to the lowest key layer,
+    without it the same over the rows drawn; no copy of weights. `choose: auto` adds one pass over `samples` rows at the
+    start of a task.
 Combine with: replay, lora, distill, ewc, freeze, interpolate; list it before what edits gradients, so that its part is
     edited too.   Conflicts: none.
 Tune: `share` 0.25–0.5; `choose: top` where answers are to be kept, `auto` otherwise. The chosen layers are printed.

@@ -6,7 +6,7 @@
 Deviations from the paper: no second term for a new head, as a language model has none. The pull is added to
     the gradient after backward (or applied after the optimizer, `form: proximal`), never through autograd.
 Needs: nothing.
-Cost: one copy of the trainable weights (none with LoRA beyond the factors); O(parameters) per step.
+Cost: O(parameters) per step; one copy of the trainable weights (none with LoRA beyond the factors).
 Combine with: replay, distill, lora, freeze, interpolate. Set `weight_decay: 0`, which pulls to zero instead.
 Conflicts: ewc (which weighs the same pull by importance).
 Tune: `strength` 0.01–1 in the gradient form, where Adam rescales it; in the proximal form the pull over a run

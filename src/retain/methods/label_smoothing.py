@@ -9,7 +9,8 @@ Deviations from the paper: none in the value. It is made from hidden states and 
     from all logits (tile by tile where the architecture caps its logits); set no `label_smoothing_factor` beside it.
     Replayed rows are not smoothed unless `rows: all`; weights of other methods do not act on this term.
 Needs: nothing.
-Cost: the mean of the output head's rows per micro-batch; with capped logits one more product with the head.
+Cost: the mean of the output head's rows per micro-batch, with capped logits one more product with the head; no copy of
+    weights.
 Combine with: replay, distill, lora, freeze, interpolate.   Conflicts: none.
 Tune: `strength` 0.05–0.2.
 """

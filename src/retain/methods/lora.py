@@ -9,7 +9,7 @@ Deviations from the paper: alpha defaults to 2r; all linear layers are adapted b
     In a sequence, each task gets a fresh adapter and the previous one is merged into the base (a quantised
     base cannot be merged without loss, so there the same adapter goes on learning).
 Needs: nothing.
-Cost: r·(in + out) trainable weights per layer, and their optimizer state; no extra pass.
+Cost: no extra pass; r·(in + out) trainable weights per layer, and their optimizer state.
 Combine with: nearly every other method.   Conflicts: packnet (which keeps single weights), blocks
     (which trains whole ones).
 Tune: `domain: near`, `middle` or `far`, or `r` 4–8 for a near domain and 16–32 for a far one; `domains` where tasks

@@ -9,13 +9,13 @@ No label is used, only inputs. With LoRA the pull is on the product ΔW = s·BA 
 r and c the row and column sums of the Ω of the base weight.
 Over several tasks Ω ← decay · Ω + Ω of the task that ended, with one anchor, the latest start. A streamed task adds
 none, as its rows are not read again.
-Deviations from the paper: Ω is scaled to mean 1, so `strength` means the same on every model and as in ewc
-    (`units: raw` is the paper's form). It is taken on old rows before the first task too: a pretrained model has
-    abilities to lose. The last hidden state, a common stand-in for f, is not offered: behind a final RMSNorm its
-    length hardly depends on the weights.
+Deviations from the paper: Ω is scaled to mean 1 over all weights (of adapted layers those of ΔW), so `strength` means
+    the same on every model and as in ewc; `units: raw` is the paper's form. It is taken on old rows before the first
+    task too: a pretrained model has abilities to lose. The last hidden state, a common stand-in for f, is not offered:
+    behind a final RMSNorm its length hardly depends on the weights.
 Needs: old rows once: the user's, or written by the model.
-Cost: two copies of the trainable weights; one backward pass for each of `samples` rows before the first task and after
-    each one; O(parameters) per step.
+Cost: one forward and backward pass for each of `samples` rows per task, and before the first, O(parameters) per step;
+    two copies of the trainable weights.
 Combine with: replay, distill, lora, freeze, interpolate; with `ewc` or `l2sp` the pulls add up.   Conflicts: none.
 Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3.
 """
@@ -48,19 +48,21 @@ class MAS(Estimating, Method):
         """Rows that the importance is estimated on, at most; each costs a backward pass."""
 
     def importance(self, model: Any, run: Run, rows: Any) -> params.Tensors:
-        """Ω by parameter name, mean 1 for ordinary weights together and for adapted layers together; for the latter
-        `<layer>.rows` and `<layer>.columns`, the sums of the base weight's Ω."""
+        """Ω by parameter name, of mean 1 over all weights; for adapted layers `<layer>.rows` and `<layer>.columns`, the
+        sums of the base weight's Ω."""
         rows = rows.select(range(min(len(rows), self.config.samples)))
         dense, pairs = params.outside_lora(model), params.lora_pairs(model)
-        found: params.Tensors = {}
+        estimates: dict[str, fisher.Importance] = {}
         if dense:
-            found |= self._accumulate(model, run, rows, dense, by_sums=False).diagonal
+            estimates["dense"] = self._accumulate(model, run, rows, dense, by_sums=False)
         if pairs:
             with importance.base_weights(pairs, f"methods.{self.name}") as bases:
-                sums = self._accumulate(model, run, rows, bases, by_sums=True)
-            for name, pair in pairs.items():
-                both = (sums.rows[name], sums.columns[name])
-                found |= dict(zip(product_keys(name), both[::-1] if pair.transposed else both))
+                estimates["adapted"] = self._accumulate(model, run, rows, bases, by_sums=True)
+        self.scaled(**estimates)
+        found = dict(estimates["dense"].diagonal) if dense else {}
+        for name, pair in pairs.items():
+            both = (estimates["adapted"].rows[name], estimates["adapted"].columns[name])
+            found |= dict(zip(product_keys(name), both[::-1] if pair.transposed else both))
         return found
 
     def _accumulate(self, model: Any, run: Run, rows: Any, weights: dict, by_sums: bool) -> fisher.Importance:
@@ -74,4 +76,4 @@ class MAS(Estimating, Method):
             return outputs.centred_norm(params.hidden_states(model, inputs)[:, :-1][learned], head)
 
         samples = run.track(run.batches(rows, 1), "importance of weights (MAS)", len(rows))
-        return self.scaled(sensitivity.accumulate(weights, samples, norm, by_sums), "adapted" if by_sums else "dense")
+        return sensitivity.accumulate(weights, samples, norm, by_sums)

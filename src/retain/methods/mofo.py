@@ -7,7 +7,7 @@ their place, and those that stay hold what the model knew. Norms and biases move
 Deviations from the paper: works over any optimizer with a first moment; what is not among the largest is put back
     bit for bit, weight decay included (the authors' code decays every weight at every step). Ties go by place.
 Needs: nothing.
-Cost: one copy of the trained matrices during a step; one selection per matrix and step.
+Cost: one selection per matrix and step; one copy of the trained matrices during a step.
 Combine with: replay, distill, ewc, interpolate.
 Conflicts: none.
 Tune: `share` 0.05–0.2; smaller keeps more and learns more slowly. Little to gain with `lora`.

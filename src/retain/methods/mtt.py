@@ -10,7 +10,7 @@ Deviations from the paper: its abstract does not say in which direction the dive
     softened, times T². The divergence is computed in tiles from hidden states, never as a batch × length × vocabulary
     tensor.
 Needs: nothing but the task's rows.
-Cost: one copy of the trainable weights; one more forward pass over the rows it applies to.
+Cost: one more forward pass over the rows it applies to; one copy of the trainable weights.
 Combine with: lora (what it was made for), replay, freeze, interpolate, distill on replayed rows.   Conflicts: none.
 Tune: `strength` 0.1–1.
 """

@@ -11,7 +11,7 @@ Deviations from the paper: `form: squared` is the penalty of the paper, `absolut
     code, on the norm of the new factors, is left out: `l2sp` holds ΔW itself. The first task has no earlier ones
     and is plain LoRA: nothing protects what the model could do before.
 Needs: nothing; acts from the second task on.
-Cost: r·in stored weights per layer and earlier task; O(r² · in · tasks) per layer and step.
+Cost: O(r² · in · tasks) per layer and step; r·in stored weights per layer and earlier task.
 Combine with: replay, distill, lora (its settings; without it an adapter of default settings).
 Conflicts: slao and shared_lora (which begin a task in the directions of the one before), packnet (which keeps
     single weights), blocks (which trains whole ones).

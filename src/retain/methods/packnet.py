@@ -15,7 +15,7 @@ Deviations from the paper: it prunes θ to 0, which costs a pretrained model abi
     learn. Retraining goes on in the learning-rate schedule and with the optimizer of the task. What did not change at
     all is given back.
 Needs: the task's name when it is asked later.
-Cost: a byte per weight in memory, and per task on disk; gradients of all matrices of the layers are computed.
+Cost: gradients of all matrices of the layers are computed; a byte per weight in memory, and per task on disk.
 Combine with: replay, distill, freeze, ewc, interpolate.
 Conflicts: lora, olora, ilora, slao, shared_lora (an adapter changes all weights of a layer together, so that no part
     can be kept), blocks, bottleneck (what learns is new in every task), subspace (no step obeys both).

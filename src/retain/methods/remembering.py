@@ -213,12 +213,15 @@ class Estimating(Remembering):
         sizes = {name: tuple(tensor.shape) for name, tensor in cached.tensors.items()}
         return sizes == importance.shapes(model) and cached.about.get("units") == self.config.units
 
-    def scaled(self, found: fisher.Importance, group: str) -> fisher.Importance:
-        """F of "dense" or "adapted" weights in the chosen units; its mean and origin are kept for the header."""
-        fisher.normalise(found)
-        self._means = {**getattr(self, "_means", {}), group: 1 / found.scale}
-        self._estimator = found.estimator
-        return found if self.config.units == "normalised" else fisher.unscaled(found)
+    def scaled(self, **groups: fisher.Importance) -> None:
+        """Bring F of "dense" and "adapted" weights into the chosen units, in place, by one factor for both: they are
+        importances of single weights alike. Their means and origin are kept for the header."""
+        self._means = {group: found.total() / found.count() for group, found in groups.items()}
+        self._estimator = [found.estimator for found in groups.values()][-1]
+        fisher.normalise(*groups.values())
+        if self.config.units == "raw":
+            for found in groups.values():
+                fisher.unscaled(found)
 
     def _described(self, model: Any, rows: int, **more: Any) -> dict[str, Any]:
         means, estimator = getattr(self, "_means", {}), getattr(self, "_estimator", "")

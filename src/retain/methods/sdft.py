@@ -11,8 +11,8 @@ rest, the start as teacher, 8 answers per prompt, no token skipped. Every other 
 Deviations from the paper: the teacher's weights are kept with a checkpoint, and begin at the start of each task; TRL
     opens the model's name again, or begins an adapter's average at 0. One answer per prompt.
 Needs: rows with answers to learn from; a model that can follow an example.
-Cost: an answer is written for every row; one more forward pass; one copy of the trainable weights. With `logits: full`
-    two tensors of answer tokens × vocabulary; `top_k` keeps few of the second.
+Cost: an answer is written for every row, and one more forward pass; one copy of the trainable weights. With `logits:
+    full` two tensors of answer tokens × vocabulary; `top_k` keeps few of the second.
 Combine with: lora, ewc, l2sp, freeze, interpolate, and others that work on weights.
 Conflicts: every method that works on the supervised tokens of rows, or adds rows.
 Tune: the learning rate, 1e-5–5e-5 (the paper: 2e-5), with 32 prompts per step; `max_new_tokens` as long as answers are.

@@ -7,7 +7,8 @@ so that s_j says how much input j contributes. With LoRA the same columns of s·
 Deviations from the paper: works with LoRA, by holding columns of A at 0. Embeddings and head learn, apart from the
     rows of special tokens, which stay as in the authors' code; norms and biases learn.
 Needs: old rows once: the user's, or written by the model.
-Cost: one pass over `samples` rows per task; O(parameters) per step.
+Cost: one forward pass over `samples` rows per task, O(parameters) per step; one copy of the trainable weights (with
+    LoRA of one factor).
 Combine with: replay, distill, lora, ewc.
 Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight),
     subspace (which holds directions: no step obeys both).

@@ -15,7 +15,7 @@ Deviations from the paper: before the first task every weight has the importance
     `strength` means the same on every model; ξ is relative to the mean of Δ². The step includes the optimizer's
     weight decay.
 Needs: nothing.
-Cost: five copies of the trainable weights (with LoRA of the factors); no pass over data; O(parameters) per step.
+Cost: no pass over data, O(parameters) per step; five copies of the trainable weights (with LoRA of the factors).
 Combine with: replay, distill, lora, freeze, ewc, interpolate. With `l2sp` set `prior: 0`, or the same pull acts twice.
 Conflicts: none.
 Tune: `strength` 0.01–10 in the gradient form; in the proximal form learning rate · strength · steps of 1–3.

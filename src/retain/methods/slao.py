@@ -11,7 +11,7 @@ Deviations from the paper: the previous s·B_m A_m is in the base by then, as ad
     dropped, so a task does not begin at the model that was kept: what holds to the start of a task (`ewc`,
     `l2sp`, `distill`) holds to A⁰ and B⁰.
 Needs: nothing; acts from the second task on.
-Cost: 2r instead of r in the forward pass; three factors per layer on disk; one QR per layer and task.
+Cost: 2r instead of r in the forward pass, and one QR per layer and task; three factors per layer on disk.
 Combine with: replay, lora (its settings; without it an adapter of default settings), freeze.
 Conflicts: olora (which keeps tasks out of each other's directions), shared_lora (which has a part for each task),
     ilora (which also says what the adapter is at the end of a task), interpolate, subspace and shield (which need

@@ -4,10 +4,12 @@
 
 ℓ_t = loss of token t under the model at the start of the task, p_t = its probability now, N = supervised tokens, those
 left out included. What is left is in the model's own words. `stm/weight` in the log is the share that is learned.
-Deviations from the paper: weights are divided by their running mean, so that the steps keep their size (`normalise:
-    false` is the form of the paper). Where fewer tokens than the share `least` pass, the threshold is raised for it
-    (`least: 0` is the form of the paper, which can leave nothing to learn). Tokens of replayed rows are kept, unless
-    `rows: all` weighs them too.
+Deviations from the paper: the first token of an answer is judged like the others, as it is all that an answer of one
+    word teaches; `skip_first: true` always leaves it out, as the paper does. The paper takes the mean over the tokens
+    that are left of a batch; here weights are divided by their running mean over steps, which comes to nearly the same.
+    `normalise: false` divides by all supervised tokens, and takes smaller steps. Where fewer tokens than the share
+    `least` pass, the threshold is raised for it (`least: 0` is the form of the paper, which can leave nothing to
+    learn). Tokens of replayed rows are kept, unless `rows: all` weighs them too.
 Needs: nothing.
 Cost: one forward pass over the task's rows before training, on every rank, again after a resume; their losses in
     memory. Of a stream one more forward pass per step instead, and `least` counts the steps before.
@@ -25,6 +27,7 @@ from pydantic import Field
 from retain.methods.base import Method
 from retain.methods.context import Run, Tokens
 from retain.methods.weighing import WeighingByStart
+from retain.models.start_scores import sequences
 
 
 class STM(WeighingByStart, Method):
@@ -39,6 +42,10 @@ class STM(WeighingByStart, Method):
         """Highest perplexity of a token that is learned; 2.5 is a probability of 0.4."""
         least: float = Field(0.1, ge=0, lt=1)
         """Share of the tokens that is learned at least, the likeliest; 0 holds the threshold whatever it leaves."""
+        skip_first: bool = False
+        """Leave out the first token of every answer, whatever its perplexity (also of those that `least` lets in)."""
+        normalise: bool = True
+        """Keep the mean weight at 1, which is nearly the form of the paper; false also takes smaller steps."""
 
     def on_task_start(self, model: torch.nn.Module, run: Run) -> None:
         super().on_task_start(model, run)
@@ -54,4 +61,14 @@ class STM(WeighingByStart, Method):
         if self.config.least:
             highest = max(highest, self.limit(self.config.least) or 0.0)
         losses = self.start_losses(tokens)
-        return (losses <= highest).to(losses.dtype)
+        learned = losses <= highest
+        return (learned & ~_first(tokens) if self.config.skip_first else learned).to(losses.dtype)
+
+
+def _first(tokens: Tokens) -> torch.Tensor:
+    """Mask [N] of the tokens that begin an answer: what stands before them in their sequence is not learned."""
+    batch = tokens.batch
+    owner, learned = sequences(batch.inputs, batch.labels), batch.labels != -100
+    goes_on = learned[:, :-1] & (owner[:, :-1] == owner[:, 1:])
+    rows = tokens.rows.unique()
+    return ~goes_on[rows][batch.supervised[rows]]

@@ -10,7 +10,8 @@ Deviations from the paper: the realised step is projected, and so is the first m
     which Adam's division and weight decay lead back into the subspace. U and V are closed off each for itself, not
     only their outer product, and every layer has the same share. Embeddings, head and norms are not held; see freeze.
 Needs: nothing; with `energy` old rows once.
-Cost: one SVD per matrix and task; two pairs of thin products per matrix and step; with `energy` a pass over old rows.
+Cost: one SVD per matrix and task, two pairs of thin products per matrix and step, with `energy` a pass over old rows; a
+    copy of the trained matrices, and the directions held.
 Combine with: lora, freeze, replay, distill; list it after mofo and unfreeze, so that its projection comes last.
 Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight),
     shield and packnet (which hold single weights: no step obeys both).

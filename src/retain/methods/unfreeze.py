@@ -182,9 +182,7 @@ def _rate(stage: Stage, peak: float) -> float:
 
 def _depths(model: torch.nn.Module) -> dict[str, float]:
     """How deep each trainable parameter lies: its layer from the top, −1 for head and last norm, ∞ for embeddings."""
-    whole, learning = params.causal(model), params.trainable(model)
     layers = params.decoder_layers(model)
-    depth = {id(p): float(i) for i, layer in enumerate(reversed(layers)) for p in layer.parameters()}
-    embeddings = [m for m in whole.modules() if isinstance(m, torch.nn.Embedding)] + [whole.get_input_embeddings()]
-    bottom = {id(p) for m in embeddings for p in m.parameters()}
-    return {name: depth.get(id(p), math.inf if id(p) in bottom else -1.0) for name, p in learning.items()}
+    depth = {id(p): math.inf for m in params.input_modules(model) for p in m.parameters()}
+    depth |= {id(p): float(i) for i, layer in enumerate(reversed(layers)) for p in layer.parameters()}
+    return {name: depth.get(id(p), -1.0) for name, p in params.trainable(model).items()}

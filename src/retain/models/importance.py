@@ -24,8 +24,8 @@ from retain.models.pull import product_keys
 
 #: What a header says: method, estimator, name and content of the model, rows that were read, units ("normalised" or
 #: "raw"), mean of F over the file's ordinary and over its adapted weights in raw units (`means`) and as the file holds
-#: it (`held`: 1 or more where normalised, as tasks add up), tasks that were added, number of decoder layers, key of
-#: the cache (only where the content is what that key stands for).
+#: it (`held`: where normalised both together have 1 or more, as tasks add up), tasks that were added, number of decoder
+#: layers, key of the cache (only where the content is what that key stands for).
 ABOUT = ("method", "estimator", "model", "weights", "rows", "units", "means", "held", "tasks", "layers", "key")
 
 
@@ -214,7 +214,7 @@ def in_units(found: Importance, model: Any, units: str, where: str) -> Importanc
     if have == units:
         return found
     groups = {"dense": list(params.outside_lora(model)), "adapted": list(params.lora_pairs(model))}
-    tensors = dict(found.tensors)
+    tensors, mean = dict(found.tensors), _mean(found.tensors, model)
     for group, names in groups.items():
         if not names:
             continue
@@ -224,7 +224,7 @@ def in_units(found: Importance, model: Any, units: str, where: str) -> Importanc
                 raise ConfigError(f"{where}: its header says no mean in raw units. Set `units: normalised`.")
             factor = scale
         else:
-            factor = 1 / _mean(tensors, model, group)
+            factor = 1 / mean
         for name in names:
             for key in product_keys(name) if group == "adapted" else (name,):
                 tensors[key] = tensors[key] * factor
@@ -232,16 +232,10 @@ def in_units(found: Importance, model: Any, units: str, where: str) -> Importanc
     return Importance(tensors, about | {"units": units, "held": own_means(tensors)})
 
 
-def _mean(tensors: params.Tensors, model: Any, group: str) -> float:
-    if group == "dense":
-        names = list(params.outside_lora(model))
-        count = sum(tensors[name].numel() for name in names)
-        total = sum(float(tensors[name].double().sum()) for name in names)
-    else:
-        pairs = params.lora_pairs(model)
-        count = sum(pair.B.shape[0] * pair.A.shape[1] for pair in pairs.values())
-        total = sum(float(tensors[product_keys(name)[0]].double().sum()) for name in pairs)
-    return max(total / count, torch.finfo(torch.float64).tiny)
+def _mean(tensors: params.Tensors, model: Any) -> float:
+    """Mean of F over all that a model trains, adapted weights and ordinary ones together."""
+    sums = _sums({key: tensors[key] for key in shapes(model)}).values()
+    return max(sum(t for t, _ in sums) / sum(c for _, c in sums), torch.finfo(torch.float64).tiny)
 
 
 @contextmanager

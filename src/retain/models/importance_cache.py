@@ -20,7 +20,7 @@ from retain.errors import ConfigError
 from retain.models import importance, params
 from retain.models.starter import cache_directory
 
-FORM = 2  # of what is estimated; a change of an estimator's numbers makes old keys stale
+FORM = 3  # of what is estimated; a change of an estimator's numbers makes old keys stale
 
 
 def fingerprint(model: Any) -> str:

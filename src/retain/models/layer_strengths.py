@@ -12,11 +12,11 @@ from retain.models import params
 
 
 def heights(model: Any) -> dict[str, float]:
-    """How high each trainable weight or adapted layer lies: 0 in the lowest layer and the embeddings, 1 in the highest
+    """How high each trainable weight or adapted layer lies: 0 in the lowest layer and all below it, 1 in the highest
     layer, the last norm and the head. A head that is tied to the embeddings lies with them."""
     whole, layers = params.causal(model), params.decoder_layers(model)
     height = {id(p): 1.0 for p in whole.parameters()}
-    height |= {id(p): 0.0 for p in whole.get_input_embeddings().parameters()}
+    height |= {id(p): 0.0 for m in params.input_modules(model) for p in m.parameters()}
     height |= {id(p): i / max(1, len(layers) - 1) for i, layer in enumerate(layers) for p in layer.parameters()}
     pulled = params.outside_lora(model) | {name: pair.B for name, pair in params.lora_pairs(model).items()}
     return {name: height[id(p)] for name, p in pulled.items()}

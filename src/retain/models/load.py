@@ -87,7 +87,7 @@ def load_settings(config: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(where, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model.name: no configuration of '{config.name}' ({_first_line(error)}). Give '{STARTER}', a folder with "
+            f"model.name: no configuration of '{config.name}' ({_reason(error)}). Give '{STARTER}', a folder with "
             "config.json, or a hub id that is reachable."
         ) from error
 

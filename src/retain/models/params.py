@@ -238,3 +238,24 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
         if isinstance(m, torch.nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1
     ]
     return max(candidates, key=lambda m: (len(m), sum(p.numel() for p in m.parameters())))
+
+
+def input_modules(model: Any) -> list[torch.nn.Module]:
+    """What lies below the first decoder layer: embeddings of tokens and positions, and what acts on them.
+
+    Found by kind and by name, not by running the model: a model without weights, or in shards, must do.
+    """
+    whole = causal(model)
+    tokens, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    elsewhere = {id(m) for part in (decoder_layers(model), head) if part is not None for m in part.modules()}
+    hidden = getattr(whole.config.get_text_config(decoder=True), "hidden_size", None)
+
+    def below(name: str, module: torch.nn.Module) -> bool:
+        # norms of embeddings, and what else a family keeps with them, have "embed" somewhere in their names
+        if isinstance(module, torch.nn.Embedding) or "embed" in name:
+            return True
+        # embeddings narrower than the model are widened by a matrix first (OPT-350m)
+        width = tokens.weight.shape[-1]
+        return width != hidden and isinstance(module, torch.nn.Linear) and tuple(module.weight.shape) == (hidden, width)
+
+    return [tokens] + [m for name, m in whole.named_modules() if id(m) not in elsewhere and below(name, m)]
