@@ -14,7 +14,7 @@ Cost: one copy of the trainable weights; one more forward pass over the rows tha
 Combine with: replay (as in the paper; without it the consistency applies to the new rows), label_smoothing, lora
     (its settings; without it an adapter of default settings).
 Conflicts: slao (which also says what the adapter is at the end of a task), packnet (which keeps single
-    weights), blocks (which trains whole ones).
+    weights), blocks (which trains whole ones), ogd (whose directions are those of the fast adapter's end).
 Tune: `decay` about 1 − 10 / steps, so that the slow adapter arrives; `consistency` 0.1–10.
 """
 

@@ -7,7 +7,8 @@ Deviations from the paper: done on ΔW with LoRA, where the start is ΔW = 0, by
     A and B would scale the product twice). One α for all layers.
 Needs: nothing.
 Cost: one copy of the trainable weights while training; nothing per step.
-Combine with: anything else; runs last.   Conflicts: slao, shared_lora (whose adapters do not begin at zero).
+Combine with: anything else; runs last.   Conflicts: slao, shared_lora (whose adapters do not begin at zero),
+    ogd (whose directions are those of the trained weights).
 Tune: `strength` 0.3–0.5; forgetting grows about with the square of the distance from the start.
 """
 

@@ -15,7 +15,7 @@ Cost: r·in stored weights per layer and earlier task; O(r² · in · tasks) per
 Combine with: replay, distill, lora (its settings; without it an adapter of default settings). List it before
     methods that change the final weights, so that it keeps what they leave.
 Conflicts: slao and shared_lora (which begin a task in the directions of the one before), packnet (which keeps
-    single weights), blocks (which trains whole ones).
+    single weights), blocks (which trains whole ones), ogd (with which A begins every task alike).
 Tune: `strength` 0.1–10; watch `loss/olora`, which starts at about strength and should fall.
 """
 

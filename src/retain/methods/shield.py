@@ -9,7 +9,8 @@ Deviations from the paper: works with LoRA, by holding columns of A at 0. Embedd
 Needs: old rows once: the user's, or written by the model.
 Cost: one pass over `samples` rows per task; O(parameters) per step.
 Combine with: replay, distill, lora, ewc; list it last, so that it also undoes what others do after a step.
-Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight).
+Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight),
+    ogd (which also says where a step may go; the last one would win).
 Tune: `share` 0.5; more keeps more and learns less.
 """
 

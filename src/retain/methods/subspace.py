@@ -11,7 +11,8 @@ Deviations from the paper: the realised step is projected, and so is the first m
 Needs: nothing; with `energy` old rows once.
 Cost: one SVD per matrix and task; two pairs of thin products per matrix and step; with `energy` a pass over old rows.
 Combine with: lora, freeze, replay, distill; list it last, so that it sees what others do after a step.
-Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight).
+Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight),
+    ogd (which also says where a step may go; the last one would win).
 Tune: `share` 0.5–0.9, more keeps more; `energy` 0.9–0.99. In bfloat16 weights, rounding lets a little through.
 """
 
