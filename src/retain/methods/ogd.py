@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -119,10 +118,9 @@ class OGD(Method):
         self, known: list[torch.Tensor], model: Any, held: dict[str, Any], rows: Any, run: Run, label: str
     ) -> list[torch.Tensor]:
         """Known directions and those of rows."""
-        anew, most = _anew(model), self.config.directions
-        starts = {name: run.start[name] for name in anew}
+        most, starts = self.config.directions, {name: run.start[name] for name in _anew(model)}
         rows = rows.select(np.random.default_rng([run.seed, run.task_index]).permutation(len(rows))[:most])
-        with params.evaluating(model), adapters.beginning(model, starts) if anew else nullcontext({}) as begun:
+        with params.evaluating(model), adapters.beginning(model, starts) as begun:
             learning = [begun.get(name, p) for name, p in held.items()]
             batches = run.track(itertools.islice(self._tokens(rows, run), most), label, most)
             gradients = (passes.gradients(model, learning, [one], right_logits)[0] for one in batches)
@@ -141,10 +139,10 @@ class OGD(Method):
 
     @torch.no_grad()
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
-        reached = [i for i, (p, _) in enumerate(self._held) if p.grad is not None]
-        slopes = [self._held[i][0].grad for i in reached]
+        reached = [(p.grad, part) for (p, _), part in zip(self._held, self._directions) if p.grad is not None]
+        slopes = [slope for slope, _ in reached]
         before = projection.dot(slopes, slopes) if run.logging_now else 0.0
-        inside = projection.take_out(slopes, [self._directions[i] for i in reached])
+        inside = projection.take_out(slopes, [part for _, part in reached])
         if run.logging_now:  # what gradient descent would have gained there in this step, to first order, in nats
             square = float(inside.square().sum())
             run.log(f"loss/{self.name}", run.learning_rate * square)

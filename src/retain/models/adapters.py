@@ -73,7 +73,7 @@ def beginning(model: Any, starts: params.Tensors) -> Iterator[params.Tensors]:
     merged into the base.
 
     Args:
-        starts: A [r, in] by the name of the present parameter.
+        starts: A [r, in] by the name of the present parameter; a pair without one stays alone.
 
     Yields:
         B [out, r] by the name of the present parameter.
@@ -91,6 +91,8 @@ def beginning(model: Any, starts: params.Tensors) -> Iterator[params.Tensors]:
 
     try:
         for name, pair in params.lora_pairs(model).items():
+            if names[id(pair.A)] not in starts:
+                continue
             b = torch.zeros_like(pair.B, requires_grad=True)
             made[names[id(pair.B)]] = b
             hook = beside(starts[names[id(pair.A)]].to(pair.A), b, pair.scaling)
