@@ -40,6 +40,7 @@ EXPECTED: dict[str, tuple[float, str]] = {
     "mas": (1.05, "one sweep over the parameters"),
     "mofo": (1.1, "a selection among the moments of every parameter"),
     "mtt": (4 / 3, "one more forward pass"),
+    "ogd": (1.1, "no pass: two projections, which read the 64 directions of the factors B twice each"),
     "olora": (1.0, "products of r × r; in a first task none"),
     "packnet": (1.05, "a mask over the parameters"),
     "replay": (1.0, "nothing in a step: old rows take the places of new ones"),

@@ -50,6 +50,7 @@ LADDERS: dict[str, tuple[str, list[Any]]] = {
     "interpolate": ("strength", [0.05, 0.1, 0.2, 0.33]),
     "label_smoothing": ("strength", [0.02, 0.1, 0.3]),
     "mofo": ("share", [0.5, 0.15, 0.05, 0.02]),
+    "ogd": ("directions", [16, 32, 64, 128, 256]),
     "packnet": ("keep", [0.5, 0.25, 0.1]),
     "replay": ("fraction", [0.05, 0.1, 0.25, 0.5]),
     "sam": ("radius", [0.01, 0.05, 0.2]),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +149,66 @@ def test_joined_bases_span_both_and_nothing_else():
     assert float(projection.off_subspace(torch.cat([first, second], 1), left=both).abs().max()) < 1e-13
     inside = first @ random(3, 2, seed=5) + 1e-12 * random(9, 2)
     assert projection.joined(first, inside).shape == (9, 3)
+
+
+# -- directions of whole gradients -----------------------------------------------------------------------------
+SHAPES = ((3, 4), (5,), (2, 2, 2))
+
+
+def pieces(vector):
+    """A vector of 25 numbers as tensors of several shapes."""
+    parts = vector.split([math.prod(shape) for shape in SHAPES])
+    return [part.view(shape).clone() for part, shape in zip(parts, SHAPES)]
+
+
+def no_directions(dtype=torch.float64):
+    return [torch.zeros(0, *shape, dtype=dtype) for shape in SHAPES]
+
+
+def columns(directions):
+    return torch.cat([part.flatten(1).T for part in directions])
+
+
+@pytest.mark.parametrize("count", [1, 6, 24])
+def test_what_is_left_is_the_residual_of_least_squares(count):
+    vectors, target = random(25, count), random(25, seed=9)
+    found = projection.more_directions(no_directions(), [pieces(v) for v in vectors.T], count)
+    left = pieces(target)
+    inside = projection.take_out(left, found)
+    answer = np.linalg.lstsq(vectors.numpy(), target.numpy(), rcond=None)[0]
+    np.testing.assert_allclose(flat(left).numpy(), target.numpy() - vectors.numpy() @ answer, atol=1e-12)
+    assert float(inside.square().sum() + flat(left).square().sum()) == pytest.approx(float(target.square().sum()))
+    assert float(projection.take_out(left, found).abs().max()) < 1e-13
+
+
+def test_no_direction_changes_no_bit_and_all_of_them_leave_nothing():
+    left = pieces(random(25))
+    assert projection.take_out(left, no_directions()).shape == (0,)
+    assert torch.equal(flat(left), random(25))
+    found = projection.more_directions(no_directions(), [pieces(v) for v in random(40, 25, seed=1)], 40)
+    assert len(found[0]) == 25
+    projection.take_out(left, found)
+    assert float(flat(left).abs().max()) < 1e-12
+
+
+def test_what_is_in_the_span_adds_nothing_and_known_directions_stay():
+    vectors = random(25, 5)
+    first = projection.more_directions(no_directions(), [pieces(v) for v in vectors.T], 5)
+    again = [pieces(1e3 * vectors @ random(5, seed=s)) for s in range(3)] + [pieces(torch.zeros(25).double())]
+    both = projection.more_directions(first, [*again, pieces(random(25, seed=8))], 5)
+    assert len(both[0]) == 6
+    assert all(torch.equal(part[:5], known) for part, known in zip(both, first))
+    torch.testing.assert_close(columns(both).T @ columns(both), torch.eye(6, dtype=torch.float64))
+
+
+def test_gradients_that_nearly_coincide_are_orthonormal_in_single_precision():
+    """One pass of Gram–Schmidt would leave a hundredth of each in the others."""
+    close = [(random(25) + 1e-4 * random(25, seed=s)).bfloat16().float() for s in range(1, 4)]
+    close += [random(25).float() + 1e-5 * random(25, seed=s).float() for s in range(4, 8)]
+    found = projection.more_directions(no_directions(torch.float32), [pieces(v) for v in close], len(close))
+    product = columns(found).double().T @ columns(found).double()
+    assert len(product) >= 5
+    torch.testing.assert_close(product, torch.eye(len(product), dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 # -- choices -----------------------------------------------------------------------------------------------

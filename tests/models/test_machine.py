@@ -54,3 +54,4 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
     limit.write_text(f"{50 * 2**20}\n")
     used.write_text(f"{20 * 2**20}\n")
     assert machine.free_bytes("cpu") == 35 * 2**20
+    assert machine.spare_bytes("cpu") == 30 * 2**20

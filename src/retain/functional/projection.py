@@ -6,7 +6,7 @@ Bases are matrices with orthonormal columns. Lists hold one entry per tensor, in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,58 @@ def without_conflict(gradients: Sequence[Tensor], references: Sequence[Tensor], 
         for gradient, reference in zip(gradients, references):
             gradient.add_(reference.to(gradient.dtype), alpha=-strength * inner / square)
     return inner / length if length > 0 else 0.0
+
+
+@torch.no_grad()
+def take_out(tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+    """t ← t − Σ_j ⟨t, v_j⟩ v_j in place, over all tensors together (OGD, arXiv:1910.07104, alg. 1).
+
+    Without directions nothing changes, bit for bit; with as many as there are numbers, nothing is left.
+
+    Args:
+        tensors: t, of any shapes.
+        directions: v, the same tensors with one axis more in front, along which the directions are counted; orthonormal
+            over all tensors together, in at least float32.
+
+    Returns:
+        ⟨t, v_j⟩ [k] as they were, in the type of the directions.
+    """
+    inside = directions[0].new_zeros(len(directions[0])) if directions else torch.zeros(0)
+    if not len(inside):
+        return inside
+    for tensor, part in zip(tensors, directions, strict=True):
+        inside = inside + part.flatten(1) @ tensor.to(part.dtype).flatten()
+    for tensor, part in zip(tensors, directions, strict=True):
+        tensor.sub_((inside @ part.flatten(1)).view_as(tensor).to(tensor.dtype))
+    return inside
+
+
+def more_directions(known: Sequence[Tensor], found: Iterable[Sequence[Tensor]], most: int) -> list[Tensor]:
+    """Known directions and what others add to them: Gram–Schmidt, each twice, as once leaves rounding where they
+    nearly coincide.
+
+    Args:
+        known: orthonormal directions, as `take_out` takes them; they come first and stay as they are.
+        found: vectors of any length, each as one tensor per entry of `known`; one in the span of those before is left
+            out.
+        most: how many vectors there may be.
+
+    Returns:
+        The directions in the type of the known ones.
+    """
+    count = len(known[0])
+    room = [torch.cat([part, part.new_zeros(most, *part.shape[1:])]) for part in known]
+    for vector in found:  # which may be made by backward passes while this goes on
+        rest = [tensor.detach().to(part.dtype, copy=True) for tensor, part in zip(vector, room, strict=True)]
+        length = math.sqrt(dot(rest, rest))
+        for _ in range(2):
+            take_out(rest, [part[:count] for part in room])
+        left = math.sqrt(dot(rest, rest))
+        if left > NOISE * length:
+            for part, tensor in zip(room, rest):
+                part[count] = tensor / left
+            count += 1
+    return [part[:count] for part in room]
 
 
 def off_subspace(matrix: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:

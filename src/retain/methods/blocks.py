@@ -16,7 +16,7 @@ Cost: 1/every more weights, time and cache per task, for good; gradients reach d
 Combine with: replay, distill, ewc, interpolate (new blocks back towards none).
 Conflicts: lora, olora, slao, ilora, shared_lora, bottleneck (all bring weights of their own and hold the rest); shield,
     subspace, packnet (they hold parts of old weights, none of which move); hft (a projection that it holds would stay
-    at zero).
+    at zero); ogd (whose directions are of the weights that learn in all tasks).
 Tune: `every` 4, or `count: 1` for little data; learning rate about ten times that of full fine-tuning.
 """
 

@@ -13,7 +13,8 @@ Needs: nothing.
 Cost: 2dm + d + m weights per site and task, m = d/reduction, and their products in every pass, for good.
 Combine with: replay, distill, ewc, interpolate, lora (its factors learn too, and are merged after the task).
 Conflicts: blocks (both hold all but their own); shield, subspace, packnet (they hold parts of old weights, none of
-    which move here); hft (W_up, where it is held, would stay at zero).
+    which move here); hft (W_up, where it is held, would stay at zero); ogd (whose directions are of the weights
+    that learn in all tasks).
 Tune: `reduction` 4–16; learning rate about ten times that of full fine-tuning.
 """
 

@@ -8,7 +8,9 @@ Deviations from the paper: other shares than a half, and layers with other numbe
     rule. A bias stays with its matrix; embeddings, head and norms learn. With `lora` it is the adapters that are drawn.
 Needs: nothing.
 Cost: none; it saves the gradients and optimizer states of what stays.
-Combine with: nearly anything.   Conflicts: blocks and bottleneck (what they add begins at zero and would stay there).
+Combine with: nearly anything.
+Conflicts: blocks and bottleneck (what they add begins at zero and would stay there), ogd (which holds directions of
+    the same weights in all tasks).
 Tune: `share` 0.5; matrices differ in size, so the share of weights that stays is printed.
 """
 

@@ -9,7 +9,7 @@ Deviations from the paper: works over any optimizer with a first moment; what is
 Needs: nothing.
 Cost: one selection per matrix and step; one copy of the trained matrices during a step.
 Combine with: replay, distill, ewc, interpolate.
-Conflicts: none.
+Conflicts: ogd (after which every weight has moved).
 Tune: `share` 0.05–0.2; smaller keeps more and learns more slowly. Little to gain with `lora`.
 """
 

@@ -14,7 +14,7 @@ Needs: nothing; acts from the second task on.
 Cost: O(r² · in · tasks) per layer and step; r·in stored weights per layer and earlier task.
 Combine with: replay, distill, lora (its settings; without it an adapter of default settings).
 Conflicts: slao and shared_lora (which begin a task in the directions of the one before), packnet (which keeps
-    single weights), blocks (which trains whole ones).
+    single weights), blocks (which trains whole ones), ogd (with which A begins every task alike).
 Tune: `strength` 0.1–10; watch `loss/olora`, which starts at about strength and should fall.
 """
 

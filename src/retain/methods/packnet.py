@@ -18,7 +18,8 @@ Needs: the task's name when it is asked later.
 Cost: gradients of all matrices of the layers are computed; a byte per weight in memory, and per task on disk.
 Combine with: replay, distill, freeze, ewc, interpolate.
 Conflicts: lora, olora, ilora, slao, shared_lora (an adapter changes all weights of a layer together, so that no part
-    can be kept), blocks, bottleneck (what learns is new in every task), subspace (no step obeys both).
+    can be kept), blocks, bottleneck (what learns is new in every task), subspace and ogd (no step
+    obeys both).
 Tune: `keep` 0.25–0.5 (the paper's), about 1 / number of tasks; task t gets keep · (1 − keep)^(t−1) of all.
 """
 

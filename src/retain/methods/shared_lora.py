@@ -13,7 +13,7 @@ Cost: r more rows and columns, 2r from the second task on; two factors per layer
 Combine with: lora (listed before it; without it a part of default settings), replay, distill, freeze, ewc, ilora.
 Conflicts: olora (which keeps tasks out of each other's directions), slao (which has one adapter for all tasks),
     interpolate, subspace and shield (which need adapters that begin at zero), packnet (which keeps single weights),
-    blocks (which trains whole ones).
+    blocks (which trains whole ones), ogd (for which adapters begin every task alike).
 Tune: `r` as for one task or smaller; `learns: first` learns the shared part in the first task and leaves it.
 """
 

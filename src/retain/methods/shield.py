@@ -11,7 +11,7 @@ Cost: one forward pass over `samples` rows per task, O(parameters) per step; one
     LoRA of one factor).
 Combine with: replay, distill, lora, ewc.
 Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight),
-    subspace (which holds directions: no step obeys both).
+    subspace and ogd (which hold directions: no step obeys both).
 Tune: `share` 0.5; more keeps more and learns less.
 """
 

@@ -15,7 +15,8 @@ Cost: 2r instead of r in the forward pass, and one QR per layer and task; three 
 Combine with: replay, lora (its settings; without it an adapter of default settings), freeze.
 Conflicts: olora (which keeps tasks out of each other's directions), shared_lora (which has a part for each task),
     ilora (which also says what the adapter is at the end of a task), interpolate, subspace and shield (which need
-    adapters that begin at zero), packnet (which keeps single weights), blocks (which trains whole ones).
+    adapters that begin at zero), packnet (which keeps single weights), blocks (which trains whole ones), ogd (for
+    which adapters begin every task alike).
 Tune: nothing; `weight: mean` keeps more of early tasks, `weight: last` nothing but the last.
 """
 

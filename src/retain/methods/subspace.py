@@ -14,7 +14,7 @@ Cost: one SVD per matrix and task, two pairs of thin products per matrix and ste
     copy of the trained matrices, and the directions held.
 Combine with: lora, freeze, replay, distill; list it after mofo and unfreeze, so that its projection comes last.
 Conflicts: slao, shared_lora (whose adapters do not begin at zero), blocks and bottleneck (which move no old weight),
-    shield and packnet (which hold single weights: no step obeys both).
+    shield and packnet (which hold single weights: no step obeys both), ogd (which holds other directions).
 Tune: `share` 0.5–0.9, more keeps more; `energy` 0.9–0.99. In bfloat16 weights, rounding lets a little through.
 """
 

@@ -13,7 +13,7 @@ Deviations from the paper: the rate falls from group to group, not from layer to
 Needs: nothing.
 Cost: none saved, as gradients of closed weights are computed; a copy of those that move at a reduced rate.
 Combine with: anything. What other methods move after the optimizer is slowed down as well.
-    With `lora` the adapters are what opens.   Conflicts: none.
+    With `lora` the adapters are what opens.   Conflicts: ogd (which would move what is closed).
 Tune: `groups` 4–6; `stages: [{top: 2}, {begin: 0.5, learning_rate: 5.0e-6}]` is the head and two layers first, then
     everything at 5e-6; `rate: 0.1` says it as a factor.
 """

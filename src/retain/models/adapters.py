@@ -1,7 +1,9 @@
-"""What a task leaves behind for later ones: a few tensors per task, in a folder of the run; and wider adapters."""
+"""What a task leaves behind for later ones: a few tensors per task, in a folder of the run; and changed adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear
 
 from retain.errors import RunError
 from retain.models import params
@@ -60,6 +63,44 @@ def widen(model: Any, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     config = model.peft_config[adapter]
     config.rank_pattern[name] = len(a)
     config.alpha_pattern[name] = layer.lora_alpha[adapter]
+
+
+@contextmanager
+def beginning(model: Any, starts: params.Tensors) -> Iterator[params.Tensors]:
+    """Beside every LoRA pair another one that begins: a B of zeros, which takes a gradient, and a given A.
+
+    It changes nothing. Its gradient is the one that a fresh adapter with this A would have once the present one is
+    merged into the base.
+
+    Args:
+        starts: A [r, in] by the name of the present parameter; a pair without one stays alone.
+
+    Yields:
+        B [out, r] by the name of the present parameter.
+    """
+    names = {id(p): name for name, p in params.trainable(model).items()}
+    made: params.Tensors = {}
+    handles = []
+
+    def beside(a: torch.Tensor, b: torch.Tensor, scaling: float) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            change = linear(linear(args[0].to(a.dtype), a), b) * scaling
+            return output + change.to(output.dtype)
+
+        return hook
+
+    try:
+        for name, pair in params.lora_pairs(model).items():
+            if names[id(pair.A)] not in starts:
+                continue
+            b = torch.zeros_like(pair.B, requires_grad=True)
+            made[names[id(pair.B)]] = b
+            hook = beside(starts[names[id(pair.A)]].to(pair.A), b, pair.scaling)
+            handles.append(params.causal(model).get_submodule(name).register_forward_hook(hook))
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _file(folder: Path, task: int) -> Path:

@@ -22,10 +22,18 @@ def free_bytes(device: str) -> int:
     """Memory that a process could use on a device once this one has ended."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
+    return spare_bytes(device) + psutil.Process().memory_info().rss
+
+
+def spare_bytes(device: str) -> int:
+    """Memory that this process could still take on a device."""
+    if device == "cuda":
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by PyTorch, for its next tensors
+        return torch.cuda.mem_get_info()[0] + kept
     free = psutil.virtual_memory().available
     if _LIMIT.is_file() and (limit := _LIMIT.read_text().strip()) != "max":  # of a container
         free = min(free, int(limit) - int(_USED.read_text()))
-    return free + psutil.Process().memory_info().rss
+    return free
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,17 @@ def row_gradient_norms(model: Any, batches: Iterable[passes.Batch]) -> np.ndarra
     return np.array(found, np.float64)
 
 
+def right_logits(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    """Σ logit of each supervised token, as the model gives it (scaled and capped), with gradient."""
+    learned = labels[:, 1:] != -100
+    ids, hidden = labels[:, 1:][learned], params.hidden_states(model, inputs)[:, :-1][learned]
+    (weight, bias), (scale, cap) = params.head(model), params.logit_rules(model)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = (hidden.to(wide) * weight[ids].to(wide)).sum(-1)
+    logits = scale * (logits if bias is None else logits + bias[ids].to(wide))
+    return (logits if cap is None else cap * torch.tanh(logits / cap)).sum()
+
+
 def row_keys(rows: Any) -> list[str]:
     """What each tokenised row is known by: its tokens, and which of them are learned."""
     return [
