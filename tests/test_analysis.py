@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from retain import analysis, results
 from retain.errors import RunError
+from retain.functional import statistics
 from retain.results import Estimate, ProbeInfo
 
 
@@ -175,6 +177,35 @@ def test_holm_over_probes_can_take_a_finding_back():
     wider = analysis.changes(before, after, infos, confidence=0.96)
     assert wider[0].conclusion == "cannot tell"
     assert analysis.changes([], [], []) == []
+
+
+def test_detectable_is_what_the_conclusion_would_have_shown():
+    """Among m probes of which one changed, Holm asks its p to be below α/m: four times out of five it is."""
+    pairs = [right_or_wrong(60, 20, 5, 15, name) for name in "abcd"]
+    before, after = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
+    alone = analysis.change(*pairs[0], info("a")).detectable
+    together = analysis.changes(before, after, [info(name) for name in "abcd"])[0].detectable
+    corrected = (stats.norm.ppf(1 - 0.05 / 4 / 2) + stats.norm.ppf(0.8)) / (1.95996 + 0.84162)
+    assert together / alone == pytest.approx(corrected, rel=1e-4)
+
+
+def test_a_detectable_change_is_called_lost_four_times_in_five():
+    rng, items, probes, flips = np.random.default_rng(3), 1000, 8, 0.1
+    names = [f"p{i}" for i in range(probes)]
+
+    def table(loss):  # flips are rare and even on probes that did not change
+        share = [(flips + loss) / 2, (flips - loss) / 2, 0.7 * (1 - flips), 0.3 * (1 - flips)]
+        lost, gained, kept, wrong = rng.multinomial(items, share)
+        return lost, gained, kept, wrong
+
+    def measured(lost):  # the same numbers as `changes`, without a bootstrap each time
+        p = [statistics.mcnemar(*table(loss)[:2]) for loss in (lost, *[0.0] * (probes - 1))]
+        return statistics.holm(p)[0] < 0.05
+
+    pair = right_or_wrong(*(int(items * s) for s in (0.63, 0.05, 0.05, 0.27)), "p0")
+    before, after = ([{**row, "probe": name} for name in names for row in pair[side]] for side in (0, 1))
+    size = analysis.changes(before, after, [info(name) for name in names])[0].detectable
+    assert np.mean([measured(size) for _ in range(600)]) == pytest.approx(0.8, abs=0.06)
 
 
 def test_matrix_and_sequence():

@@ -115,12 +115,13 @@ def changes(
 ) -> list[Change]:
     """Every probe before against after, with p values adjusted over all of them (Holm 1979).
 
+    `detectable` holds for the adjusted p, in the worst case, that no other probe changed.
+
     Args and errors as `change`; `before` and `after` hold the rows of all probes of a stage, in any order.
     """
-    old, new = by_probe(before), by_probe(after)
-    measured = [
-        measure(old.get(i.name, []), new.get(i.name, []), i, confidence, seed, margin, margin_nats) for i in infos
-    ]
+    old, new, infos = by_probe(before), by_probe(after), list(infos)
+    settings = (confidence, seed, margin, margin_nats, len(infos))
+    measured = [measure(old.get(i.name, []), new.get(i.name, []), i, *settings) for i in infos]
     adjusted = statistics.holm([m.change.p for m in measured])
     return [_concluded(m, float(p), confidence) for m, p in zip(measured, adjusted)]
 

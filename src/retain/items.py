@@ -90,8 +90,13 @@ def measure(
     seed: int,
     margin: float,
     margin_nats: float,
+    tests: int = 1,
 ) -> Measured:
     """One probe, before against after; what its numbers are is told at `analysis.change`, which draws the conclusion.
+
+    Args:
+        tests: number of probes over which p will be adjusted. What is detectable is what shows at α/tests: that is
+            what Holm asks of the smallest p, so of a change on this probe alone.
 
     Raises:
         RunError: as `align`, or too few items for an interval.
@@ -129,7 +134,9 @@ def measure(
         forgetting=forgotten,
         retention=retained,
         band=measures.band(retained),
-        detectable=statistics.detectable_difference(_variance(pair), len(pair.difference), confidence),
+        detectable=statistics.detectable_difference(
+            _variance(pair), len(pair.difference), 1 - (1 - confidence) / tests
+        ),
         conclusion="cannot tell",
         forgetting_raw=raw,
         forgetting_adjusted=adjusted,

@@ -64,7 +64,8 @@ class Change(_Record):
 
     `difference` is after − before in the unit of the score; for perplexity it is the change of the mean
     negative log-likelihood in nats per token. `forgetting` is positive when things got worse, relative to
-    before. `detectable` is the smallest true difference that this probe would have shown with 80 % power.
+    before. `detectable` is the smallest true difference that this probe would have shown with 80 % power, at the level
+    that the conclusion asks for: p adjusted over the probes, none of the others having changed.
     """
 
     probe: str

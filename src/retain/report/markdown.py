@@ -108,7 +108,8 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
     else:
         parts.append(
             f"Intervals are {percent}, paired over the items. *Detectable*: the smallest true change that the probe "
-            "would have shown four times out of five. *Lost* and *gained* count items."
+            "would have shown four times out of five by p (Holm), even if no other probe changed. *Lost* and *gained* "
+            "count items."
         )
     if results.tasks:
         parts.append("## Tasks")
