@@ -56,7 +56,8 @@ class RunDirectory:
     def begin(self, config: RunConfig) -> None:
         """Make the directory, or check that it belongs to this configuration.
 
-        A finished run may be continued with more tasks: the earlier ones must be the same.
+        A finished run may be continued with more tasks (the earlier ones must be the same) and judged anew: `verdict`
+        is about what is done with the measurements.
 
         Raises:
             RunError: the directory holds another run, or cannot be written.
@@ -65,7 +66,7 @@ class RunDirectory:
             earlier = self.read_config()
             old, new = earlier.model_dump(mode="json"), config.model_dump(mode="json")
             differs = next(
-                (key for key in new if key not in ("tasks", "name", "output") and new[key] != old[key]), None
+                (key for key in new if key not in ("tasks", "name", "output", "verdict") and new[key] != old[key]), None
             )
             count = len(earlier.tasks)
             if differs is None and (
