@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from retain.functional.flip_shares import Outcomes, lost_shares
+from retain.functional.statistics import macro_interval
 from retain.results import (
     Change,
     Estimate,
@@ -48,6 +50,10 @@ def _change(info: ProbeInfo, before: np.ndarray, after: np.ndarray) -> Change:
         "lost" if paired.high < 0 else "gained" if paired.low > 0 else "kept" if paired.low > -0.02 else "cannot tell"
     )
     ratio = after.mean() / before.mean() if before.mean() else 1.0
+    shares = {}
+    if info.role == "reference":
+        found = lost_shares([Outcomes(before, after, _options(info))])._asdict()
+        shares = {f"forgetting_{k}": _estimate(v) for k, v in found.items() if info.chance or k == "raw"}
     return Change(
         probe=info.name,
         before=_mean(before),
@@ -64,7 +70,31 @@ def _change(info: ProbeInfo, before: np.ndarray, after: np.ndarray) -> Change:
         band="excellent" if ratio > 0.9 else "good" if ratio > 0.7 else "fair",
         detectable=2.8 * step.std() / np.sqrt(len(step)),
         conclusion=word,
+        intervals=shares,
+        **{name: share.value for name, share in shares.items()},
     )
+
+
+def _options(info: ProbeInfo) -> int | None:
+    return round(1 / info.chance) if info.chance else None
+
+
+def _estimate(interval) -> Estimate:
+    return Estimate(**interval._asdict())
+
+
+def _judged(infos: list[ProbeInfo], first: dict, last: dict) -> list[Outcomes]:
+    old = [i for i in infos if i.role == "reference" and i.name in first]
+    return [Outcomes(first[i.name], last[i.name], _options(i)) for i in old]
+
+
+def _group_deltas(infos: list[ProbeInfo], outcomes: dict, stages: Sequence[str]) -> dict:
+    deltas: dict = {}
+    for group in dict.fromkeys(i.group for i in infos if i.role == "reference"):
+        names = [i.name for i in infos if i.group == group and i.name in outcomes[stages[0]]]
+        steps = [[outcomes[stage][n] - outcomes[stages[0]][n] for n in names] for stage in stages[1:]]
+        deltas[group] = [_estimate(macro_interval(step)) for step in steps]
+    return deltas
 
 
 def build_run(
@@ -161,7 +191,7 @@ def build_run(
             improvement=gain,
             improvement_score=0.8,
             balance=0.7,
-            mean_reference=0.6,
+            mean_reference=0.72,
             stability_efficiency=0.5,
             successful=True,
             lost_over_threshold=[c.probe for c in references if c.forgetting > 0.3],
@@ -169,6 +199,12 @@ def build_run(
             f"{100 * macro:+.1f} points [{100 * (macro - half):.1f}, {100 * (macro + half):.1f}] on "
             f"{len(references)} probes (perplexity not in this mean).",
             difference=Estimate(value=macro, low=macro - half, high=macro + half),
+            intervals={
+                name: Estimate(value=value, low=value - half, high=value + half)
+                for name, value in (("improvement", gain), ("forgetting", -macro), ("balance", 0.7))
+            }
+            | {"stability_efficiency": Estimate(value=0.5, low=0.471, high=0.532)}
+            | {f"forgetting_{k}": _estimate(v) for k, v in lost_shares(_judged(infos, first, last))._asdict().items()},
         )
     names = [f"{task} test" for task in tasks]
     filled = len(tasks) > 1
@@ -195,6 +231,7 @@ def build_run(
             stability=0.937 if filled else None,
         ),
         changes=changes,
+        group_deltas=_group_deltas(infos, outcomes, stages),
         verdict=verdict,
         training=[
             StepSummary(

@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from retain import analysis, results
 from retain.errors import RunError
+from retain.functional import statistics
 from retain.results import Estimate, ProbeInfo
 
 
@@ -177,6 +179,35 @@ def test_holm_over_probes_can_take_a_finding_back():
     assert analysis.changes([], [], []) == []
 
 
+def test_detectable_is_what_the_conclusion_would_have_shown():
+    """Among m probes of which one changed, Holm asks its p to be below α/m: four times out of five it is."""
+    pairs = [right_or_wrong(60, 20, 5, 15, name) for name in "abcd"]
+    before, after = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
+    alone = analysis.change(*pairs[0], info("a")).detectable
+    together = analysis.changes(before, after, [info(name) for name in "abcd"])[0].detectable
+    corrected = (stats.norm.ppf(1 - 0.05 / 4 / 2) + stats.norm.ppf(0.8)) / (1.95996 + 0.84162)
+    assert together / alone == pytest.approx(corrected, rel=1e-4)
+
+
+def test_a_detectable_change_is_called_lost_four_times_in_five():
+    rng, items, probes, flips = np.random.default_rng(3), 1000, 8, 0.1
+    names = [f"p{i}" for i in range(probes)]
+
+    def table(loss):  # flips are rare and even on probes that did not change
+        share = [(flips + loss) / 2, (flips - loss) / 2, 0.7 * (1 - flips), 0.3 * (1 - flips)]
+        lost, gained, kept, wrong = rng.multinomial(items, share)
+        return lost, gained, kept, wrong
+
+    def measured(lost):  # the same numbers as `changes`, without a bootstrap each time
+        p = [statistics.mcnemar(*table(loss)[:2]) for loss in (lost, *[0.0] * (probes - 1))]
+        return statistics.holm(p)[0] < 0.05
+
+    pair = right_or_wrong(*(int(items * s) for s in (0.63, 0.05, 0.05, 0.27)), "p0")
+    before, after = ([{**row, "probe": name} for name in names for row in pair[side]] for side in (0, 1))
+    size = analysis.changes(before, after, [info(name) for name in names])[0].detectable
+    assert np.mean([measured(size) for _ in range(600)]) == pytest.approx(0.8, abs=0.06)
+
+
 def test_matrix_and_sequence():
     point = lambda x: Estimate(value=x, low=x, high=x)  # noqa: E731
     infos = [
@@ -206,17 +237,44 @@ def test_matrix_and_sequence():
 
 
 def test_group_deltas():
-    point = lambda x: Estimate(value=x, low=x, high=x)  # noqa: E731
     infos = [info("a"), info("b"), info("c", group="behaviour", higher_is_better=False), PERPLEXITY]
-    scores = {
-        "00": {"a": point(0.5), "b": point(0.7), "c": point(0.1), "text": point(9)},
-        "01": {"a": point(0.4), "b": point(0.6), "c": point(0.3)},
-        "02": {"a": point(0.6)},
-    }
-    found = analysis.group_deltas(scores, infos)
-    assert found["knowledge"] == [pytest.approx(-0.1), None]
-    assert found["behaviour"] == [pytest.approx(-0.2), None]
+    base = rows([1] * 5 + [0] * 5, "a") + rows([1] * 7 + [0] * 3, "b") + rows([1] + [0] * 9, "c") + documents(3.0)
+    one = rows([1] * 4 + [0] * 6, "a") + rows([1] * 6 + [0] * 4, "b") + rows([1] * 3 + [0] * 7, "c")
+    found = analysis.group_deltas({"00": base, "01": one, "02": rows([1] * 6 + [0] * 4, "a")}, infos)
     assert set(found) == {"knowledge", "behaviour"}
+    assert found["knowledge"][0].value == pytest.approx(-0.1)
+    assert found["behaviour"][0].value == pytest.approx(-0.2)
+    assert [deltas[1] for deltas in found.values()] == [None, None]
+    for deltas in found.values():
+        assert deltas[0].low < deltas[0].value < deltas[0].high
+
+
+def test_verdict_numbers_have_intervals():
+    before, after, infos = run_tables()
+    found = analysis.changes(before, after, infos)
+    verdict = analysis.verdict(found, infos, before, after)
+    for name in ("forgetting", "improvement", "balance", "mean_reference", "stability_efficiency"):
+        interval = verdict.intervals[name]
+        assert interval.value == pytest.approx(getattr(verdict, name)), name
+        assert interval.low < interval.value < interval.high
+    assert verdict.intervals["forgetting_raw"].value == pytest.approx((30 / 200 + 4 / 400) / 2)
+    assert "forgetting_paired" not in verdict.intervals  # no options: nothing to guess
+    narrow = analysis.verdict(found, infos, before, after, confidence=0.5).intervals["balance"]
+    assert narrow.high - narrow.low < verdict.intervals["balance"].high - verdict.intervals["balance"].low
+    heavy = analysis.verdict(found, infos, before, after, keep_weight=1.0, learn_weight=0.0)
+    assert heavy.intervals["balance"].value == pytest.approx(1 - heavy.forgetting)
+    assert heavy.intervals["balance"].low == pytest.approx(1 - heavy.intervals["forgetting"].high, abs=1e-9)
+    old = [i for i in infos if i.role == "reference"]
+    assert "improvement" not in analysis.verdict(analysis.changes(before, after, old), old, before, after).intervals
+
+
+def test_all_three_estimators_of_a_probe_have_an_interval():
+    found = analysis.change(*right_or_wrong(60, 20, 5, 15, choices=4), info())
+    for name in ("forgetting_raw", "forgetting_adjusted", "forgetting_paired"):
+        interval = found.intervals[name]
+        assert interval.value == getattr(found, name)
+        assert interval.low < interval.value < interval.high
+    assert set(analysis.change(*right_or_wrong(60, 20, 5, 15), info()).intervals) == {"forgetting_raw"}
 
 
 def run_tables():

@@ -1,5 +1,6 @@
 """Reading configurations: what is written is what is meant, and every mistake is one line."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import yaml
 
 from retain.config import DEFAULT_METHODS, RunConfig, dump, override, parse, read
 from retain.errors import ConfigError, RetainError
+from retain.functional.forgetting import verdict_numbers
 from retain.methods import build
+from retain.results import Thresholds
 
 SHORT = {"tasks": ["data/medical.jsonl"]}
 
@@ -127,6 +130,20 @@ def test_wrong_values_are_named_with_what_was_given(values, expected):
     line = message(SHORT | values)
     assert line.startswith(f"run.yaml: {expected}: ")
     assert "(given: " in line
+
+
+def test_thresholds_of_the_verdict():
+    assert parse(SHORT).verdict.model_dump() == Thresholds().model_dump()
+    weights = inspect.signature(verdict_numbers).parameters
+    for name, value in Thresholds().model_dump().items():
+        assert name not in weights or weights[name].default == value
+    given = parse(SHORT | {"verdict": {"keep_weight": 0.8, "learn_weight": 0.2, "alarm": 0.1, "margin": 0.01}}).verdict
+    assert (given.keep_weight, given.learn_weight, given.alarm, given.margin) == (0.8, 0.2, 0.1, 0.01)
+    assert "Give both, so that they add up to 1" in message(SHORT | {"verdict": {"keep_weight": 0.8}})
+    assert message(SHORT | {"verdict": {"margin": -1}}).startswith("run.yaml: verdict.margin: ")
+    assert "verdict.alarm" in message(SHORT | {"verdict": {"alarm": float("inf")}})
+    line = message(SHORT | {"verdict": {"max_forgeting": 0.1}})
+    assert "Did you mean 'max_forgetting'?" in line
 
 
 def test_missing_and_empty():

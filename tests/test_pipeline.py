@@ -9,12 +9,13 @@ from run_kit import NUMBERS, choice_rows, response_rows, settings, tiny_folder, 
 from safetensors import SafetensorError
 from tiny import tiny_model, tiny_tokenizer
 
-from retain import ContinualTrainer, Replay, load_run
+from retain import ContinualTrainer, Replay, load_run, pipeline
 from retain.config import parse
 from retain.errors import ConfigError, DataError, RetainError, RunError, TrainingDiverged, disk_full
 from retain.inputs import read_rows
 from retain.methods import build
-from retain.pipeline import plan, run
+from retain.pipeline import _Runner, plan, run
+from retain.report import compare
 from retain.results import ITEM_COLUMNS, load_items, load_metrics, load_results
 from retain.rundir import RunDirectory
 
@@ -28,6 +29,9 @@ def carry_out(shop, output, **changes):
     """Run; returns the results and what was said."""
     said = []
     return run(parse(settings(shop, output, **changes)), said.append), said
+
+
+SHORT = {"tasks": ["data/medical.jsonl"]}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,58 @@ def test_a_finished_run_is_left_alone(shop, finished):
     assert before == {f: f.stat().st_mtime_ns for f in before}
     assert again.matrix == results.matrix
     assert again.training == results.training
+
+
+def test_a_run_killed_in_its_second_task_has_a_report_of_the_first(shop, tmp_path, monkeypatch):
+    alone, _ = carry_out(shop, tmp_path / "alone", tasks=[str(shop / "count")])
+    train, said = _Runner._train, []
+
+    def killed(self, index, task, stage):
+        if index == 2:
+            raise KeyboardInterrupt
+        train(self, index, task, stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Runner, "_train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(parse(settings(shop, tmp_path / "run")), said.append)
+    sofar = load_results(tmp_path / "run")
+    assert not sofar.finished
+    assert sofar.ahead == ["which"]
+    assert (sofar.tasks, sofar.stages) == (["count"], ["00-base", "01-count"])
+    own = {"name", "created", "command", "training", "ahead"}
+    assert sofar.model_dump(exclude=own) == alone.model_dump(exclude=own)  # as if the second task had never been asked
+    assert any("report so far" in line for line in said)
+    words = "So far, 1 of 2 tasks; still to learn: which"
+    assert words in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert words in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(RunError, match="is not finished"):
+        compare.load([tmp_path / "run", tmp_path / "alone"])
+    with pytest.raises(RunError, match="is not finished"):
+        compare.load([tmp_path / "alone", tmp_path / "run"])
+    written = []
+    with monkeypatch.context() as patch:
+        save = pipeline.save_results
+        patch.setattr(pipeline, "save_results", lambda r, place: (written.append(r.ahead), save(r, place)))
+        results, _ = carry_out(shop, tmp_path / "run")
+    assert written == [["which"], []]
+    assert results.finished
+    assert "still to learn" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_finished_run_is_judged_anew_by_other_thresholds(shop, tmp_path):
+    carry_out(shop, tmp_path / "run", tasks=[str(shop / "count")])
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "run" / "tasks").rglob("*") if f.is_file()}
+    strict = {"margin": 1.0, "margin_nats": 9.0, "alarm": 0.0, "max_forgetting": 1.0, "min_reference": 0.0}
+    results, _ = carry_out(shop, tmp_path / "run", tasks=[str(shop / "count")], verdict=strict)
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+    assert results.thresholds.model_dump() == parse(SHORT | {"verdict": strict}).verdict.model_dump()
+    assert {c.conclusion for c in results.changes} <= {"kept", "gained", "lost"}
+    verdict = results.verdict
+    assert verdict.lost_over_threshold == [c.probe for c in results.changes if c.probe != "count" and c.forgetting > 0]
+    assert verdict.successful == (verdict.forgetting < 1 and verdict.improvement > 0.1)
+    shown = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "mean drop below 100 %" in shown
 
 
 def test_load_run_gives_the_model_that_was_probed(shop, tmp_path, monkeypatch):

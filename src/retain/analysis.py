@@ -15,16 +15,19 @@ from retain import results
 from retain.errors import RunError
 from retain.functional import forgetting as measures
 from retain.functional import statistics
+from retain.functional.verdict_intervals import Scores, verdict_intervals
 from retain.items import (
     Array,
     Kind,
     Measured,
+    Pair,
     Rows,
     align,
     by_probe,
     estimate,
     goodness,
     is_perplexity,
+    lost_shares,
     measure,
     score,
     sign_of,
@@ -47,8 +50,7 @@ __all__ = [
 
 Conclusion = Literal["lost", "kept", "gained", "cannot tell"]
 
-MARGIN = 0.02
-MARGIN_NATS = 0.02
+MARGIN, MARGIN_NATS = results.Thresholds().margin, results.Thresholds().margin_nats
 
 
 class Comparison(NamedTuple):
@@ -115,12 +117,13 @@ def changes(
 ) -> list[Change]:
     """Every probe before against after, with p values adjusted over all of them (Holm 1979).
 
+    `detectable` holds for the adjusted p, in the worst case, that no other probe changed.
+
     Args and errors as `change`; `before` and `after` hold the rows of all probes of a stage, in any order.
     """
-    old, new = by_probe(before), by_probe(after)
-    measured = [
-        measure(old.get(i.name, []), new.get(i.name, []), i, confidence, seed, margin, margin_nats) for i in infos
-    ]
+    old, new, infos = by_probe(before), by_probe(after), list(infos)
+    settings = (confidence, seed, margin, margin_nats, len(infos))
+    measured = [measure(old.get(i.name, []), new.get(i.name, []), i, *settings) for i in infos]
     adjusted = statistics.holm([m.change.p for m in measured])
     return [_concluded(m, float(p), confidence) for m, p in zip(measured, adjusted)]
 
@@ -162,23 +165,36 @@ def sequence(rows: Sequence[Sequence[float | None]], single_task: Sequence[float
 
 
 def group_deltas(
-    scores: Mapping[str, Mapping[str, Estimate]], infos: Iterable[ProbeInfo]
-) -> dict[str, list[float | None]]:
-    """Per group of reference probes, its mean score after each stage minus the base's; positive = better.
+    tables: Mapping[str, Rows], infos: Iterable[ProbeInfo], confidence: float = 0.95, seed: int = 0
+) -> dict[str, list[Estimate | None]]:
+    """Per group of reference probes, the change of its mean score since the base after each stage; positive = better.
 
-    Perplexity probes are left out; None at a stage where a probe of the group was not run.
+    Each with a paired bootstrap interval. Only probes scored from 0 to 1 count; None at a stage where a probe of the
+    group was not run.
+
+    Args:
+        tables: stage → rows of all probes, stages in order, the base first.
+
+    Raises:
+        RunError: as `change`.
     """
+    base, *later = map(by_probe, tables.values())
     groups: dict[str, list[ProbeInfo]] = {}
     for info in infos:
-        if info.role == "reference" and not is_perplexity(info):
+        if info.role == "reference" and not is_perplexity(info) and _is_share(base.get(info.name, [])):
             groups.setdefault(info.group, []).append(info)
-    base, *later = scores.values()
-    deltas: dict[str, list[float | None]] = {}
-    for group, members in groups.items():
-        start = _task_score(base, members)
-        ends = [_task_score(stage, members) for stage in later]
-        deltas[group] = [None if None in (start, end) else end - start for end in ends]  # type: ignore[operator]
-    return deltas
+
+    def delta(stage: Mapping[str, Rows], members: list[ProbeInfo]) -> Estimate | None:
+        if any(info.name not in stage for info in members):
+            return None
+        better = [sign_of(i) * align(base[i.name], stage[i.name], i).difference for i in members]
+        return estimate(statistics.macro_interval(better, confidence, seed=seed))
+
+    return {group: [delta(stage, members) for stage in later] for group, members in groups.items()}
+
+
+def _is_share(rows: Rows) -> bool:
+    return bool(rows) and all(0 <= row["score"] <= 1 for row in rows)
 
 
 def verdict(
@@ -224,12 +240,19 @@ def verdict(
         after_scores = [c.retention / 100 for c in reference]
     gains = [_gain(c, by_name[c.probe], pairs[c.probe].kind) for c in tasks]
     numbers = measures.verdict_numbers([c.forgetting for c in reference], gains, after_scores, **settings)
+    weights = {name: value for name, value in settings.items() if name.endswith("_weight")}
+    old_scores, new_scores = (
+        [_scores(pairs[c.probe], by_name[c.probe]) for c in chosen] for chosen in (reference, tasks)
+    )
+    spread = verdict_intervals(old_scores, new_scores, numbers, confidence, seed, **weights)
     learned = [sign_of(by_name[c.probe]) * c.difference.value for c in tasks if pairs[c.probe].kind == "unit"]
     return Verdict(
         **numbers._asdict(),
         lost_over_threshold=[c.probe for c in reference if c.forgetting > alarm],
         sentence=_sentence(learned, tasks, reference, counted, by_name, difference),
         difference=difference,
+        intervals={name: estimate(interval) for name, interval in spread.items()}
+        | lost_shares([pairs[c.probe] for c in reference], confidence, seed),
     )
 
 
@@ -325,6 +348,16 @@ def _gain(found: Change, info: ProbeInfo, kind: Kind) -> float:
     b, a = (goodness(info, before), goodness(info, after)) if kind == "unit" else (before, after)
     sign = 1 if kind == "unit" else sign_of(info)
     return sign * (a - b) / b if b > 0 else float(np.sign(sign * (a - b)))
+
+
+def _scores(pair: Pair, info: ProbeInfo) -> Scores:
+    if pair.kind == "perplexity":
+        tokens = pair.before.tokens
+        return Scores(pair.before.scores / tokens, pair.after.scores / tokens, tokens, "perplexity", False)
+    turned = pair.kind == "unit" and not info.higher_is_better
+    before, after = (1 - side.scores if turned else side.scores for side in (pair.before, pair.after))
+    higher = pair.kind == "unit" or info.higher_is_better
+    return Scores(before, after, None, "higher" if higher else "lower", pair.kind == "unit")
 
 
 def _task_score(stage: Mapping[str, Estimate], probes: Sequence[ProbeInfo]) -> float | None:

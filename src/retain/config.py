@@ -93,6 +93,34 @@ class ProbesConfig(_Settings):
     """Confidence of every interval."""
 
 
+class VerdictConfig(_Settings):
+    """From which numbers on a run is called what. Changes no training: a finished run may be judged anew."""
+
+    keep_weight: float = Field(0.6, ge=0, le=1)
+    """Weight of what was kept in the balance; both weights together are 1."""
+    learn_weight: float = Field(0.4, ge=0, le=1)
+    """Weight of what was learned in the balance."""
+    max_forgetting: float = Field(0.2, ge=0, le=1)
+    """Successful: the mean relative drop of old abilities is below this."""
+    min_improvement: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """Successful: the mean relative gain on the new tasks is above this."""
+    min_reference: float = Field(0.7, ge=0, le=1)
+    """Successful: the mean score on old abilities is above this."""
+    alarm: float = Field(0.3, ge=0, allow_inf_nan=False)
+    """An old ability that dropped by more than this, relative to before, is named."""
+    margin: float = Field(0.02, ge=0, le=1)
+    """Largest loss that counts as kept: 0.02 is 2 points."""
+    margin_nats: float = Field(0.02, ge=0, allow_inf_nan=False)
+    """The same for perplexity, in nats per token."""
+
+    @model_validator(mode="after")
+    def _weights(self) -> VerdictConfig:
+        if abs(self.keep_weight + self.learn_weight - 1) > 1e-6:
+            given = f"{self.keep_weight:g} + {self.learn_weight:g}"
+            raise ValueError(f"keep_weight + learn_weight is {given}. Give both, so that they add up to 1")
+        return self
+
+
 class RunConfig(_Settings):
     """A run: tasks learned in order by one model, with methods, measured before and after each."""
 
@@ -110,6 +138,8 @@ class RunConfig(_Settings):
     """A recipe by name (`retain methods` lists them): its methods, unless methods are given, and training settings."""
     probes: ProbesConfig = ProbesConfig()
     """What is measured."""
+    verdict: VerdictConfig = VerdictConfig()
+    """From which numbers on a run is called what."""
     train: dict[str, Any] = {}
     """Any field of TRL's SFTConfig (a TrainingArguments): learning_rate, max_steps, bf16, …"""
     private: bool = False
@@ -266,7 +296,12 @@ def _one_line(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        parts: dict[str, type[BaseModel]] = {"model": ModelConfig, "tasks": TaskConfig, "probes": ProbesConfig}
+        parts: dict[str, type[BaseModel]] = {
+            "model": ModelConfig,
+            "tasks": TaskConfig,
+            "probes": ProbesConfig,
+            "verdict": VerdictConfig,
+        }
         schema: type[BaseModel] = RunConfig
         for part in first["loc"][:-1]:
             schema = parts.get(str(part), schema)

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retain.errors import DataError, RunError
+from retain.functional import flip_shares, statistics
 from retain.functional import forgetting as measures
-from retain.functional import statistics
+from retain.functional.flip_shares import Outcomes
 from retain.results import Change, Estimate, ProbeInfo
 
 Rows = Sequence[Mapping[str, Any]]
@@ -90,8 +91,13 @@ def measure(
     seed: int,
     margin: float,
     margin_nats: float,
+    tests: int = 1,
 ) -> Measured:
     """One probe, before against after; what its numbers are is told at `analysis.change`, which draws the conclusion.
+
+    Args:
+        tests: number of probes over which p will be adjusted. What is detectable is what shows at α/tests: that is
+            what Holm asks of the smallest p, so of a change on this probe alone.
 
     Raises:
         RunError: as `align`, or too few items for an interval.
@@ -109,12 +115,7 @@ def measure(
     lost, gained, kept = _counts(pair, sign)
     forgotten, retained = _relative(info, pair.kind, start.value, end.value)
     p = _p(pair, seed)
-    raw = adjusted = paired = None
-    if pair.before.right is not None and pair.after.right is not None:
-        shares = measures.sample_forgetting(pair.before.right, pair.after.right, pair.before.options)
-        raw = shares.raw
-        if any(pair.before.options):
-            adjusted, paired = shares.adjusted, shares.paired
+    shares = lost_shares([pair], confidence, seed)
     record = Change(
         probe=info.name,
         before=start,
@@ -129,14 +130,33 @@ def measure(
         forgetting=forgotten,
         retention=retained,
         band=measures.band(retained),
-        detectable=statistics.detectable_difference(_variance(pair), len(pair.difference), confidence),
+        detectable=statistics.detectable_difference(
+            _variance(pair), len(pair.difference), 1 - (1 - confidence) / tests
+        ),
         conclusion="cannot tell",
-        forgetting_raw=raw,
-        forgetting_adjusted=adjusted,
-        forgetting_paired=paired,
+        **{name: found.value for name, found in shares.items()},
+        intervals=shares,
     )
     bound = -wide.low if sign > 0 else wide.high
     return Measured(record, sign, bound, margin_nats if pair.kind == "perplexity" else margin)
+
+
+def lost_shares(pairs: Sequence[Pair], confidence: float, seed: int) -> dict[str, Estimate]:
+    """Mean share of items lost over the probes whose items are right or wrong, by the names of `Change`.
+
+    `forgetting_raw`, and where items have options `forgetting_adjusted` and `forgetting_paired`; empty without such
+    probes.
+    """
+    judged = [
+        Outcomes(p.before.right, p.after.right, p.before.options)
+        for p in pairs
+        if p.before.right is not None and p.after.right is not None
+    ]
+    if not judged:
+        return {}
+    found = flip_shares.lost_shares(judged, confidence, seed)._asdict()
+    guessable = any(any(p.choices) for p in judged)
+    return {f"forgetting_{name}": estimate(value) for name, value in found.items() if guessable or name == "raw"}
 
 
 def read(rows: Rows, info: ProbeInfo) -> Items:

@@ -8,7 +8,7 @@ from typing import Any
 
 from retain import analysis
 from retain.config import RunConfig
-from retain.results import ProbeInfo, Results, Sequence, StepSummary, load_items
+from retain.results import ProbeInfo, Results, Sequence, StepSummary, Thresholds, load_items
 from retain.rundir import BASE, RunDirectory
 
 
@@ -20,28 +20,32 @@ def outcome(
     methods: dict[str, dict[str, Any]],
     notes: list[str],
 ) -> Results:
-    """The results of a run whose stages are all trained and probed.
+    """The results of a run, or of its first tasks: then what a run of these alone comes to, and `ahead` the others.
 
     Args:
-        stages: the base first, then one per task.
+        stages: the base first, then one per task; all trained and probed.
+        probes: those of all tasks.
         methods: settings of those that were at work, by name.
         notes: what was done to the rows.
 
     Raises:
         RunError: an item table that is not there or cannot be read.
     """
-    confidence = config.probes.confidence
+    confidence, thresholds = config.probes.confidence, Thresholds(**config.verdict.model_dump())
+    names, ahead = config.task_names[: len(stages) - 1], config.task_names[len(stages) - 1 :]
+    probes = [info for info in probes if info.task not in ahead]
     tables = {stage: load_items(place.items(stage)) for stage in stages}
 
     def score(stage: str, info: ProbeInfo) -> Any:
         return analysis.score([r for r in tables[stage] if r["probe"] == info.name], info, confidence)
 
     scores = {stage: {info.name: score(stage, info) for info in probes} for stage in stages}
-    names = config.task_names
     measured = [n for n in names if any(i.task == n for i in probes)]
     rows = analysis.matrix(scores, probes, names) if measured == names else []
     first, last = tables[BASE], tables[stages[-1]]
-    changes = analysis.changes(first, last, probes, confidence)
+    margins = thresholds.model_dump(include={"margin", "margin_nats"})
+    changes = analysis.changes(first, last, probes, confidence, **margins)
+    settings = thresholds.model_dump(exclude={*margins})
     summaries = [place.done(stage) or {} for stage in stages[1:]]
     return Results(
         name=config.title,
@@ -58,10 +62,13 @@ def outcome(
         scores=scores,
         matrix=rows,
         sequence=analysis.sequence(rows) if rows else Sequence(**dict.fromkeys(Sequence.model_fields)),
+        group_deltas=analysis.group_deltas(tables, probes, confidence),
         changes=changes,
-        verdict=analysis.verdict(changes, probes, first, last, confidence=confidence),
+        verdict=analysis.verdict(changes, probes, first, last, confidence=confidence, **settings),
         training=[StepSummary(**{k: v for k, v in s.items() if k != "kind"}) for s in summaries],
         notes=notes,
+        thresholds=thresholds,
+        ahead=ahead,
     )
 
 

@@ -113,7 +113,8 @@ def run(config: RunConfig, say: Say = print) -> Results:
         say: receives one line per event.
 
     Returns:
-        The results, which are also in `results.json`, `report.html` and `report.md` of the run directory.
+        The results, which are also in `results.json`, `report.html` and `report.md` of the run directory. These are
+        written after every task.
 
     Raises:
         RetainError: anything in the input that cannot be used, or a full disk; nothing that was finished is lost.
@@ -146,7 +147,7 @@ class _Runner:
         # everything that can be wrong with the input is found before anything is written
         with self.ranks.main_process_first():  # one process fills the caches
             rows = read_rows(config, self.plan.train, self.say)
-        self.tokenizer, self.tasks, self.old = rows.tokenizer, rows.tasks, rows.old
+        self.tokenizer, self.tasks, self.old, self.notes = rows.tokenizer, rows.tasks, rows.old, rows.notes
         self.plan.stack.check_inputs(self.tokenizer)
         methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
         self.model: Any = None
@@ -167,13 +168,8 @@ class _Runner:
                 self._train(index, task, stage)
             if self.ranks.is_main_process:
                 self._probe(stage, index)
+                self._report(index, methods)
             self.ranks.wait_for_everyone()
-        if self.ranks.is_main_process:
-            from retain.report.page import write_report
-
-            save_results(outcome(config, place, self.plan.stages, self.infos, methods, rows.notes), place.path)
-            write_report(place.path)
-        self.ranks.wait_for_everyone()
         return load_results(place.path)
 
     # -- work --------------------------------------------------------------------------------------------
@@ -238,6 +234,19 @@ class _Runner:
             rows = [without_text(row) for row in rows]
         save_items(rows, path)
         return rows
+
+    def _report(self, index: int, methods: dict[str, dict[str, Any]]) -> None:
+        """Write what is known after task `index`, unless the next one is learned too: then that is about to come."""
+        following = self.plan.stages[index + 1 : index + 2]
+        if any(self.place.done(stage) is not None for stage in following):
+            return
+        from retain.report.page import write_report
+
+        stages = self.plan.stages[: index + 1]
+        save_results(outcome(self.config, self.place, stages, self.infos, methods, self.notes), self.place.path)
+        write_report(self.place.path)
+        if following:
+            self.say(f"{self.config.task_names[index - 1]}: report so far in {self.place.path / 'report.html'}.")
 
     def _precision(self) -> Any:
         import torch

@@ -64,7 +64,8 @@ class Change(_Record):
 
     `difference` is after − before in the unit of the score; for perplexity it is the change of the mean
     negative log-likelihood in nats per token. `forgetting` is positive when things got worse, relative to
-    before. `detectable` is the smallest true difference that this probe would have shown with 80 % power.
+    before. `detectable` is the smallest true difference that this probe would have shown with 80 % power, at the level
+    that the conclusion asks for: p adjusted over the probes, none of the others having changed.
     """
 
     probe: str
@@ -85,6 +86,7 @@ class Change(_Record):
     forgetting_raw: float | None = None  # share of items 1 → 0
     forgetting_adjusted: float | None = None  # chance-adjusted
     forgetting_paired: float | None = None  # paired moment estimator
+    intervals: dict[str, Estimate] = {}  # of these three, by their names
 
 
 class Sequence(_Record):
@@ -113,6 +115,22 @@ class Verdict(_Record):
     lost_over_threshold: list[str]
     sentence: str
     difference: Estimate | None = None  # macro mean change over the reference probes, paired interval
+    intervals: dict[
+        str, Estimate
+    ] = {}  # of the numbers above, and of the mean shares of items lost (`forgetting_raw` …)
+
+
+class Thresholds(_Record):
+    """What the verdict was drawn with: the settings under `verdict` of the configuration."""
+
+    keep_weight: float = 0.6
+    learn_weight: float = 0.4
+    max_forgetting: float = 0.2
+    min_improvement: float = 0.1
+    min_reference: float = 0.7
+    alarm: float = 0.3
+    margin: float = 0.02
+    margin_nats: float = 0.02
 
 
 class StepSummary(_Record):
@@ -147,10 +165,18 @@ class Results(_Record):
     scores: dict[str, dict[str, Estimate]]  # stage → probe → score
     matrix: list[list[float | None]]  # row 0 = base; matrix[i][j] = score on task j after task i
     sequence: Sequence
+    group_deltas: dict[str, list[Estimate | None]] = {}  # group of old probes → change since the base, per later stage
     changes: list[Change]  # base against the last stage, every probe
     verdict: Verdict | None
     training: list[StepSummary]
     notes: list[str] = []  # what was done to the rows: held out, dropped, cut
+    thresholds: Thresholds = Thresholds()
+    ahead: list[str] = []  # tasks that the run has still to learn; everything above is about those it has learned
+
+    @property
+    def finished(self) -> bool:
+        """Whether every task of the run was learned and measured."""
+        return not self.ahead
 
 
 def write_text(path: Path, text: str) -> None:

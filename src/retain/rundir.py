@@ -68,7 +68,8 @@ class RunDirectory:
     def check(self, config: RunConfig, data: Data | None = None) -> list[str]:
         """Find out whether the directory can be used for this configuration on these rows; nothing is written.
 
-        A finished run may be continued with more tasks: the earlier ones must be the same, and so must their rows.
+        A finished run may be continued with more tasks (the earlier ones must be the same, and so must their rows) and
+        judged anew: `verdict` is about what is done with the measurements.
 
         Args:
             config: of the run.
@@ -108,7 +109,9 @@ class RunDirectory:
 
     def _check_settings(self, earlier: RunConfig, config: RunConfig) -> None:
         old, new = earlier.model_dump(mode="json"), config.model_dump(mode="json")
-        differs = next((key for key in new if key not in ("tasks", "name", "output") and new[key] != old[key]), None)
+        differs = next(
+            (key for key in new if key not in ("tasks", "name", "output", "verdict") and new[key] != old[key]), None
+        )
         count = len(earlier.tasks)
         if differs is None and (
             new["tasks"][:count] != old["tasks"] or config.task_names[:count] != earlier.task_names

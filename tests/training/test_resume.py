@@ -162,12 +162,14 @@ def points():
         ("after the model is saved", RunDirectory, "save_task", 2, True),
         ("before the items are saved", pipeline, "save_items", 2, False),
         ("between looks", watch, "append", 3, True),
-        ("before the results", pipeline, "save_results", 1, False),
+        ("before the results of the first task", pipeline, "save_results", 1, False),
+        ("after the results of the first task", pipeline, "save_results", 1, True),
+        ("before the results", pipeline, "save_results", 2, False),
         ("before a step of the second task", ContinualTrainer, "training_step", 11, False),
     ]
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(13))
 def test_interrupted_where_files_are_made(shop, whole, tmp_path, monkeypatch, number):
     torch.set_num_threads(1)
     _, owner, name, call, after = points()[number]

@@ -50,6 +50,7 @@ def load(runs: Sequence[Path]) -> list[Standing]:
     """
     place = Path(runs[0])
     first = load_results(place)
+    wording.check_finished(first)
     named = [(first.name, place, first), *page.others(place, first, runs[1:])]
     base, reference = _items(place, first, 0), _items(place, first, -1)
     found = []

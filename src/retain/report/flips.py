@@ -84,9 +84,9 @@ def outcome(before: dict[str, Any], after: dict[str, Any], higher_is_better: boo
     return "better" if change > 0 else "worse" if change < 0 else "same"
 
 
-def _answer(row: dict[str, Any], info: ProbeInfo | None) -> str:
+def _answer(row: dict[str, Any], info: ProbeInfo) -> str:
     text = _text(row["output"])
-    if row["correct"] is None and info is not None:
+    if row["correct"] is None:
         text = f"{text} (score {wording.score(info, row['score'])})"
     return text
 
@@ -113,6 +113,8 @@ def collect(directory: Path, results: Results, compare: Sequence[tuple[str, Path
     items: list[dict[str, Any]] = []
     for key, before in first.items():
         after, info = last.get(key), infos.get(key[0])
+        if info is None:  # the probe of a task that is still to be learned
+            continue
         if after is None or not (before["output"] or after["output"] or before["correct"] is not None):
             continue
         said = any(before[key] for key in ("prompt", "reference", "output"))
@@ -120,7 +122,7 @@ def collect(directory: Path, results: Results, compare: Sequence[tuple[str, Path
             {
                 "probe": key[0],
                 "item": key[1],
-                "outcome": outcome(before, after, info.higher_is_better if info else True),
+                "outcome": outcome(before, after, info.higher_is_better),
                 "prompt": _text(before["prompt"]) if said else "(a private run keeps no text)",
                 "reference": _reference(before["reference"]),
                 "before": _answer(before, info),

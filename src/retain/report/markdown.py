@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retain.report import flips as flip
-from retain.report import wording
+from retain.report import judged, wording
 from retain.results import Change, ProbeInfo, Results, StepSummary, write_text
 
 EXAMPLES = 10
@@ -67,6 +67,8 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
         f"# {cell(results.name)}",
         f"**{wording.headline(results)[0]}.** {cell(wording.sentence(results), 2000)}",
     ]
+    if left := wording.progress(results):
+        parts.insert(1, f"*{cell(left[0].upper() + left[1:], 2000)}.*")
     numbers = [[n.label, n.value, n.interval, n.note] for n in wording.three(results)]
     parts.append(table(["", "value", "interval", ""], numbers))
     if results.verdict and results.verdict.lost_over_threshold:
@@ -108,7 +110,8 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
     else:
         parts.append(
             f"Intervals are {percent}, paired over the items. *Detectable*: the smallest true change that the probe "
-            "would have shown four times out of five. *Lost* and *gained* count items."
+            "would have shown four times out of five by p (Holm), even if no other probe changed. *Lost* and *gained* "
+            "count items."
         )
     if results.tasks:
         parts.append("## Tasks")
@@ -121,9 +124,25 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
         lines = [(*wording.SEQUENCE_WORDS[name], f"{value:.3f}") for name, value in known if value is not None]
         if lines:
             parts.append(table(["number", "value", "meaning"], [[name, value, why] for name, why, value in lines]))
+        if len(results.tasks) > 1 and results.group_deltas:
+            parts.append("Change of old abilities by group since the base, in points (negative is worse):")
+            head = ["", *map(cell, results.group_deltas)]
+            parts.append(table(head, [[stage, *cells] for stage, cells in judged.groups(results)]))
+    parts += _judged(results)
     parts += _examples(flips)
     parts += _how(results)
     return "\n\n".join(parts) + "\n"
+
+
+def _judged(results: Results) -> list[str]:
+    if not (found := judged.rows(results)):
+        return []
+    parts = ["## The verdict in numbers", table(["number", "value", "interval", "meaning"], found)]
+    parts.append(judged.thresholds(results))
+    if lost := judged.probes(results):
+        head = ["old probe", *(name.lower() for name, _ in judged.LOST.values())]
+        parts.append(table(head, [[name, *cells] for name, cells in lost]))
+    return parts
 
 
 def _examples(flips: flip.Flips) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, Template
 
 from retain.errors import RunError
-from retain.report import figures, markdown, wording
+from retain.report import figures, judged, markdown, wording
 from retain.report import flips as flip
 from retain.report.canvas import INK, Picture
 from retain.results import Change, ProbeInfo, Results, load_metrics, load_results, write_text
@@ -22,7 +22,7 @@ def write_report(directory: Path, compare: Sequence[Path] = ()) -> Path:
     """Write `report.html`, `report.md` and `figures/*.svg` into a run directory.
 
     Args:
-        directory: the directory of a finished run.
+        directory: the directory of a run that has learned a task; the page says when others are to come.
         compare: directories of other runs on the same base model and probes (plain fine-tuning, say); the
             report then sets them beside this one.
 
@@ -82,12 +82,18 @@ def render(
         headline=words,
         tone=tone,
         sentence=wording.sentence(results),
+        progress=wording.progress(results),
         numbers=wording.three(results) if results.changes else [],
         percent=f"{100 * results.confidence:g} %",
         sections=[_section(results, role) for role in ROLES if wording.changes_of(results, role)],
         once=_once(results),
         side_by_side=side_by_side(runs) if compare else None,
         sequence=_sequence(results),
+        judged=judged.rows(results),
+        thresholds=judged.thresholds(results),
+        lost_items=judged.probes(results),
+        lost_words=[name for name, _ in judged.LOST.values()],
+        groups=judged.groups(results),
         pictures={picture.name: picture for picture in pictures},
         flips=flips,
         outcomes=flip.OUTCOMES,

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from retain.analysis import MARGIN
 from retain.errors import RunError
 from retain.functional.forgetting import retention
 from retain.results import Change, Estimate, ProbeInfo, Results
@@ -219,7 +218,7 @@ def lost(results: Results) -> BigNumber:
     )
     note += "" if macro.high < 0 or macro.low > 0 else "; may be chance"
     interval = f"{100 * results.confidence:g} %: [{number(-100 * macro.high)}, {number(-100 * macro.low)}]"
-    tone: Tone = "bad" if macro.high < 0 else "good" if macro.low >= -MARGIN else "unknown"
+    tone: Tone = "bad" if macro.high < 0 else "good" if macro.low >= -results.thresholds.margin else "unknown"
     return BigNumber("Lost", value, interval, note, tone)
 
 
@@ -232,7 +231,7 @@ def old_tone(results: Results) -> Tone:
     """Whether old abilities were kept ("good"), lost ("bad"), or the data cannot tell ("unknown").
 
     Lost when any probe says so or the whole macro interval is below zero; kept when every probe says so, or
-    when the macro interval excludes a loss of more than `MARGIN`.
+    when the macro interval excludes a loss of more than the margin of the run.
     """
     tone = _tone(change.conclusion for _, change in changes_of(results, "reference"))
     macro = results.verdict.difference if results.verdict else None
@@ -240,7 +239,7 @@ def old_tone(results: Results) -> Tone:
         return tone
     if macro.high < 0:
         return "bad"
-    return "good" if macro.low >= -MARGIN else tone
+    return "good" if macro.low >= -results.thresholds.margin else tone
 
 
 def headline(results: Results) -> tuple[str, Tone]:
@@ -285,8 +284,26 @@ def sentence(results: Results) -> str:
     return f"The model was measured on {plural(len(results.probes), 'probe')}; nothing was trained, so nothing changed."
 
 
+def progress(results: Results) -> str:
+    """What a run has still to do: "so far, 2 of 4 tasks; still to learn: law, poems"; nothing for a finished one."""
+    if results.finished:
+        return ""
+    done, total = len(results.tasks), len(results.tasks) + len(results.ahead)
+    return f"so far, {done} of {plural(total, 'task')}; still to learn: {', '.join(results.ahead)}"
+
+
+def check_finished(results: Results) -> None:
+    """Raise `RunError` for a run that has tasks to learn: its numbers are not those that it will have."""
+    if not results.finished:
+        raise RunError(
+            f"compare: '{results.name}' is not finished ({progress(results)}). Run its command again to go on: "
+            f"{results.command}"
+        )
+
+
 def check_comparable(mine: Results, other: Results) -> None:
-    """Raise `RunError` unless two runs start from the same model and ask the same probes."""
+    """Raise `RunError` unless the other run is finished and both start from the same model and ask the same probes."""
+    check_finished(other)
     if mine.model != other.model:
         raise RunError(
             f"compare: '{other.name}' starts from {other.model}, '{mine.name}' from {mine.model}. "
