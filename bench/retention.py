@@ -1,11 +1,11 @@
 """What methods keep and learn on the starter model and real rows: table, front and verdicts over seeds.
 
-    python bench/retention.py --data ../shared/data --plan                # what is left to run, and for how long
-    python bench/retention.py --data ../shared/data --budget-minutes 90   # some of it; stops between two runs
-    python bench/retention.py --data ../shared/data --only naive replay --seeds 0 1 2
+    python bench/retention.py --data DATA --plan                # what is left to run, and for how long
+    python bench/retention.py --data DATA --budget-minutes 90   # some of it; stops between two runs
+    python bench/retention.py --data DATA --only naive replay --seeds 0 1 2
     python bench/retention.py                                             # the page from the results that are there
 
-`--data` is a folder with data sets (reasoning_gym to learn; arc_easy, piqa, blimp and facts_* to keep; dolly to
+DATA is a folder with data sets (reasoning_gym to learn; arc_easy, piqa, blimp and facts_* to keep; dolly to
 replay), each with train.jsonl or test.jsonl. Every run leaves a file of scores under bench/results/retention; it is
 not run again while that is there. Writes docs/retention.md and docs/retention.svg.
 """

@@ -103,7 +103,7 @@ class Sequence(_Record):
 
 
 class Verdict(_Record):
-    """The run in a few numbers: M6 of the product's definition, with the thresholds that were used."""
+    """The run in a few numbers, with the thresholds that were used."""
 
     forgetting: float  # mean relative drop over the reference probes
     improvement: float  # mean relative gain on the task probes
