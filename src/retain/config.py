@@ -155,6 +155,10 @@ class RunConfig(_Settings):
         """What the settings were read from, for messages; "" when they were not."""
         return self._where
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all settings are equal, whatever they were read from."""
+        return isinstance(other, RunConfig) and self.model_dump() == other.model_dump()
+
     @model_validator(mode="before")
     @classmethod
     def _private_defaults(cls, values: Any) -> Any:

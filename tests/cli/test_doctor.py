@@ -23,9 +23,7 @@ def test_it_says_what_fits(doctor, monkeypatch):
     found = doctor()
     assert found.exit_code == 0, found.output
     assert "10 GiB free" in found.output
-    assert (
-        "about 322 M parameters in full, 1.6 B with LoRA, 10.7 B with QLoRA" in found.output
-    )
+    assert "about 322 M parameters in full, 1.6 B with LoRA, 10.7 B with QLoRA" in found.output
     for row in ("torch", "transformers", "device", "bfloat16", "bitsandbytes", "starter model", "disk"):
         assert row in found.output
 

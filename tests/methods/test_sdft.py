@@ -344,11 +344,11 @@ def test_two_tasks_from_configuration_to_report(more, shop, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"packing": True}}, r"^train\.packing: has no effect with `sdft`"),
-        ({"train": {"temperature": 2.0}}, r"^train\.temperature: a setting of the method"),
-        ({"train": {"distillation_topk": 5}}, r"^train\.distillation_topk: a setting of the method"),
-        ({"train": {"max_stepz": 5}}, r"^train: unknown 'max_stepz'\. Did you mean 'max_steps'"),
-        ({"train": {"seed": 5}}, r"^train\.seed: set by the run itself"),
+        ({"train": {"packing": True}}, r"^configuration: train\.packing: has no effect with `sdft`"),
+        ({"train": {"temperature": 2.0}}, r"^configuration: train\.temperature: a setting of the method"),
+        ({"train": {"distillation_topk": 5}}, r"^configuration: train\.distillation_topk: a setting of the method"),
+        ({"train": {"max_stepz": 5}}, r"^configuration: train: unknown 'max_stepz'\. Did you mean 'max_steps'"),
+        ({"train": {"seed": 5}}, r"^configuration: train\.seed: set by the run itself"),
     ],
 )
 def test_training_settings_without_effect_are_one_line(changes, message, shop, tmp_path):
@@ -361,7 +361,7 @@ def test_training_settings_without_effect_are_one_line(changes, message, shop, t
 
 def test_tasks_must_have_one_answer_each(shop, tmp_path):
     task = {"data": str(shop / "count"), "on": "all"}
-    with pytest.raises(ConfigError, match=r"^tasks\.count\.on: not with `sdft`"):
+    with pytest.raises(ConfigError, match=r"^configuration: tasks\.count\.on: not with `sdft`"):
         plan(parse(settings(shop, tmp_path, methods=["sdft"], tasks=[task])))
-    with pytest.raises(ConfigError, match=r"^tasks\.count\.streaming: not with `sdft`"):
+    with pytest.raises(ConfigError, match=r"^configuration: tasks\.count\.streaming: not with `sdft`"):
         plan(parse(settings(shop, tmp_path, methods=["sdft"], tasks=[task | {"on": "completion", "streaming": True}])))

@@ -243,6 +243,6 @@ def test_an_adapter_is_built_on_its_base(tmp_path):
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(ModelError, match="no model can be built from 'nowhere/at-all'") as caught:
+    with pytest.raises(ModelError, match="'nowhere/at-all' is no folder that is there") as caught:
         Weightless(ModelConfig(name="nowhere/at-all"))
     assert "\n" not in str(caught.value)

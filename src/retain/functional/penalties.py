@@ -271,7 +271,7 @@ def _split(factor: LowRank) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Non
         return left, right, None, None, square
     rows, columns = factor.rows.to(b.dtype), factor.columns.to(b.dtype)
     total = rows.sum()  # all-zero importance protects nothing
-    return left, right, rows, columns, square * (total > 0) / torch.where(total > 0, total, 1)
+    return left, right, rows, columns, torch.where(total > 0, square / torch.where(total > 0, total, 1), 0)
 
 
 def _number(scalar: Tensor) -> float:

@@ -70,9 +70,7 @@ class DER(Method):
         if not (self.config.buffer or self.config.old or self.config.own):
             raise ConfigError("methods.der: buffer 0 and old 0 leave nothing to replay. Raise one of them.")
         if self.config.own and run.new_rows is None:
-            raise ConfigError(
-                "methods.der.own: nothing can be compared with a task whose rows are not there. Set it to 0."
-            )
+            raise ConfigError("methods.der.own: nothing can be compared with rows that are not there. Set it to 0.")
         self._offered: list[Stored] = []
         if run.restored:
             return
@@ -138,8 +136,8 @@ class DER(Method):
         inputs, labels = _batch(rows, run)
         with passes.precision(labels.device):  # as the stored outputs were made
             hidden = params.hidden_states(run.model, inputs)[:, :-1][labels[:, 1:] != -100]
-        ids = torch.from_numpy(np.concatenate([row.top_ids for row in rows])).to(hidden.device)
-        past = torch.from_numpy(np.concatenate([row.log_probs for row in rows])).to(hidden.device)
+        stored = zip(*((row.top_ids, row.log_probs) for row in rows))
+        ids, past = (torch.from_numpy(np.concatenate(part)).to(hidden.device) for part in stored)
         head = Head(*params.head(run.model), *params.logit_rules(run.model))
         now, _ = log_probs(hidden, head, ids.long())
         return tail_kl(past.to(now.dtype), now).sum()
@@ -158,13 +156,11 @@ class DER(Method):
                 "methods.der.buffer: rows are packed or flattened and cannot be told apart. "
                 "Set `train: {packing: false, padding_free: false}`, or `buffer: 0`."
             )
-        real = mask.bool()
-        learned = batch.supervised & real[:, :-1]
+        real, learned = mask.bool(), batch.supervised & mask.bool()[:, :-1]
         ids, labels, there = (t.cpu() for t in (batch.inputs["input_ids"], batch.labels, real))
         for row in (batch.source == 0).nonzero()[:, 0].tolist():
             words = ids[row][there[row]].numpy().astype(np.int32)
-            key = _key(words, run)
-            if self._kept.keeps(key) and bool(learned[row].any()):
+            if self._kept.keeps(key := _key(words, run)) and bool(learned[row].any()):
                 hidden = batch.hidden[row, :-1][learned[row]].detach()
                 self._offered.append(self._stored(key, run.task_index, words, labels[row][there[row]], hidden, run))
 

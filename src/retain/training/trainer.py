@@ -287,6 +287,7 @@ class ContinualMixin(Mixing):
         if not guards.weights_finite(self.model):
             raise TrainingDiverged(self._diverged(torch.tensor(float("nan")), self.state.global_step, "the weights"))
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process writes its random state
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             checkpoint.complete(folder, self.stack.state_dict(), self.model)
