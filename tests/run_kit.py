@@ -101,3 +101,12 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def carry_out(folder: Path, output: Path, **changes: Any) -> tuple[Any, list[str]]:
+    """Run; returns the results and what was said."""
+    from retain.config import parse
+    from retain.pipeline import run
+
+    said: list[str] = []
+    return run(parse(settings(folder, output, **changes)), said.append), said

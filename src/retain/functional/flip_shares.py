@@ -67,20 +67,23 @@ def lost_shares(probes: Sequence[Outcomes], confidence: float = 0.95, seed: int 
     )
 
 
+def _listed(probe: Outcomes) -> Array:
+    """Number of options of each item, 0 for none."""
+    one = probe.choices is None or np.ndim(probe.choices) == 0
+    listed = [probe.choices] * len(np.asarray(probe.before)) if one else probe.choices
+    return np.array([k or 0 for k in listed], dtype=float)
+
+
 def _options(probe: Outcomes) -> Array:
-    """Distinct numbers of options, 0 for none."""
-    n = len(np.asarray(probe.before))
-    listed = [probe.choices] * n if probe.choices is None or np.ndim(probe.choices) == 0 else probe.choices
-    return np.unique([k or 0 for k in listed]).astype(float)
+    """Distinct numbers of options."""
+    return np.unique(_listed(probe))
 
 
 def _columns(probe: Outcomes, options: Array) -> Array:
     """Per item: lost, what it adds to the paired estimator, for each number of options (lost, wrong before, wrong
     after, 1), and 1."""
     before, after = np.asarray(probe.before, dtype=bool), np.asarray(probe.after, dtype=bool)
-    n = len(before)
-    listed = [probe.choices] * n if probe.choices is None or np.ndim(probe.choices) == 0 else probe.choices
-    own = np.array([k or 0 for k in listed], dtype=float)
+    n, own = len(before), _listed(probe)
     lost = before & ~after
     columns = [lost, paired_contributions(before, after, probe.choices)]
     for k in options:
