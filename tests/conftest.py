@@ -66,6 +66,14 @@ def _no_half_precision_left() -> Iterator[None]:
         state._reset_state()
 
 
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that a run needs: the tiny model, two tasks, old rows and probes."""
+    from run_kit import workshop
+
+    return workshop(tmp_path_factory.mktemp("shop"))
+
+
 @pytest.fixture
 def tiny_cache(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes `starter` the tiny model, in this process and in those it starts."""

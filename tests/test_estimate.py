@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from run_kit import response_rows, settings, workshop, write_lines
+from run_kit import response_rows, settings, write_lines
 from transformers import AutoConfig
 
 from retain.config import parse
@@ -20,11 +20,6 @@ from retain.pipeline import plan, run
 
 #: A machine whose arithmetic takes all the time.
 SLOW = Speed({"float32": 1e9, "bfloat16": 1e9, "attention": 1e9}, bytes=1e18, mapped=1e18, start=0.0, waits=True)
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return workshop(tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture(autouse=True)

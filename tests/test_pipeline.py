@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from run_kit import NUMBERS, carry_out, choice_rows, response_rows, settings, tiny_folder, workshop, write_lines
+from run_kit import NUMBERS, carry_out, choice_rows, response_rows, settings, tiny_folder, write_lines
 from tiny import tiny_model, tiny_tokenizer
 
 from retain import ContinualTrainer, Replay, load_run, pipeline
@@ -15,12 +15,6 @@ from retain.inputs import read_rows
 from retain.pipeline import _Runner, plan, run
 from retain.report import compare
 from retain.results import ITEM_COLUMNS, load_items, load_metrics, load_results
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return workshop(tmp_path_factory.mktemp("shop"))
-
 
 SHORT = {"tasks": ["data/medical.jsonl"]}
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from run_kit import carry_out, settings, workshop, write_lines
+from run_kit import carry_out, settings, write_lines
 from safetensors import SafetensorError
 
 from retain.config import parse
@@ -12,11 +12,6 @@ from retain.methods import build
 from retain.pipeline import plan
 from retain.results import load_metrics
 from retain.rundir import RunDirectory
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return workshop(tmp_path_factory.mktemp("shop"))
 
 
 def test_plan_needs_no_weights(shop, tmp_path):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_kit import settings, workshop, write_config
+from run_kit import settings, write_config
 
 from retain.cli import main
 from retain.config import parse
@@ -16,11 +16,6 @@ from retain.rundir import RunDirectory
 
 NAIVE, REPLAY = "naive=[lora: {r: 4}]", "replay=[lora: {r: 4}, replay: {fraction: 0.25}]"
 FILES = ("compare.html", "compare.md", "compare.svg")
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workshop(tmp_path_factory.mktemp("shop"))
 
 
 def short(shop: Path, output: Path, **changes: object) -> dict:

@@ -9,17 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from run_kit import settings, workshop, write_config
+from run_kit import settings, write_config
 
 from retain.cli import main
 from retain.config import parse
 from retain.models import machine
 from retain.rundir import RunDirectory
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return workshop(tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture

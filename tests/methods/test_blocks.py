@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, family_model, token_batch
-from run_kit import settings, workshop
+from run_kit import settings
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from training_kit import Killed, stored, train
@@ -102,11 +102,6 @@ def test_gradient_checkpointing_gives_the_same(tmp_path):
 def values(shop, output, **options):
     train_ = settings(shop, output)["train"] | {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     return parse(settings(shop, output, methods=[{"blocks": {"count": 1} | options}, "replay"], train=train_))
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return workshop(tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture(scope="module")

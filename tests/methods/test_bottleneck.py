@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_kit import settings, workshop
+from run_kit import settings
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from training_kit import Killed, StopAt, same_bits, stored, train, trainer
@@ -139,11 +139,6 @@ TEAMS = {
 def values(shop, output, team):
     train_ = settings(shop, output)["train"] | {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     return parse(settings(shop, output, methods=TEAMS[team], train=train_))
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return workshop(tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture(scope="module", params=TEAMS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from run_kit import settings, workshop
+from run_kit import settings
 from tiny import tiny_model, tiny_tokenizer
 from training_kit import distance, merged, rows, same_bits, stored, train, trainer
 from trl import SFTConfig
@@ -313,11 +313,6 @@ def test_trainers_and_arguments_that_do_not_fit_are_one_line(tmp_path, model):
 
 
 # -- whole runs --------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return workshop(tmp_path_factory.mktemp("shop"))
-
-
 def asked(shop, output, methods, **changes):
     values = settings(shop, output, methods=methods, **changes)
     values["train"] |= {"max_steps": 2} | changes.get("train", {})

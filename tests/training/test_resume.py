@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from run_kit import environment, settings, workshop, write_config
+from run_kit import environment, settings, write_config
 from safetensors.torch import load_file
 
 from retain.config import parse
@@ -28,11 +28,6 @@ METHODS = [
     {"replay": {"fraction": 0.25, "source": "self", "rows": 8}},
     "distill",
 ]
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return workshop(tmp_path_factory.mktemp("shop"))
 
 
 def values_of(shop, output, **changes):
