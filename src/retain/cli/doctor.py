@@ -38,9 +38,8 @@ def command() -> None:
     fits = [_million(free * _FOR_WEIGHTS / size) for size in (_FULL, _ADAPTER, _QUANTIZED)]
     note = f"models of about {fits[0]} parameters in full, {fits[1]} with LoRA, {fits[2]} with QLoRA; see retain plan"
     table.add_row("memory", f"{free / 2**30:.0f} GiB free", note)
-    quantised = find_spec("bitsandbytes") is not None
-    advice = "for 4-bit bases: pip install 'retain[qlora]'"
-    table.add_row("bitsandbytes", "installed" if quantised else "missing", "" if quantised else escape(advice))
+    if find_spec("bitsandbytes") is None:
+        table.add_row("bitsandbytes", "missing", escape("for 4-bit bases: pip install 'retain[qlora]'"))
     half = computes_bf16("cuda" if torch.cuda.is_available() else "cpu")
     table.add_row("bfloat16", "fast" if half else "slow here", "used by default" if half else "float32 is used")
     ok = True
