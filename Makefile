@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test test-gpu check bench docs clean
 
 demo: $(READY)
 	$(BIN)/retain demo
@@ -13,6 +13,11 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+# on a machine with a GPU and its build of torch in the environment: the same trainings, there
+test-gpu: $(READY)
+	RETAIN_TESTS_ON=gpu CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -n 4 --dist worksteal \
+	  tests/test_gpu.py tests/test_conformance.py tests/test_pipeline.py tests/training/test_resume.py
 
 check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -3,6 +3,7 @@
     python bench/demo_seeds.py                 # seeds 0 1 2 into bench/out/demo; finished seeds are reused
     python bench/demo_seeds.py --seeds 0 1 2 3 4
     python bench/demo_seeds.py --rows 112      # new rows per task; the demo's own number by default
+    python bench/demo_seeds.py --picture docs/demo.svg     # draws the first seed, too
     python bench/demo_seeds.py --out bench/out/l2 --methods '[{lora: {r: 16}}, {l2sp: {strength: 1}}]'
 
 Losses are on the generated answers of the core suite (facts, sums, instructions), in points, paired over items.
@@ -21,6 +22,8 @@ import yaml
 from retain import demo
 from retain.cli.common import quiet_libraries
 from retain.functional.statistics import two_level_interval
+from retain.report import figures
+from retain.report.canvas import INK
 from retain.results import load_items, load_results
 
 
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=demo.ROWS)
     parser.add_argument("--items", type=int, default=demo.ITEMS, help="items per probe")
     parser.add_argument("--methods", type=yaml.safe_load, help="another recipe, as YAML; give it its own --out")
+    parser.add_argument("--picture", type=Path, help="where to draw the first seed")
     given = parser.parse_args()
     quiet_libraries()
     lines, per_seed, learned = [], [], []
@@ -65,6 +69,9 @@ def main() -> None:
         )
         per_seed.append(losses(folder))
         learned.append(share)
+        if given.picture and seed == given.seeds[0]:
+            drawn = figures.scores(runs[0], [("retained", runs[1])])
+            given.picture.write_text(drawn.svg.replace(INK, "#767676"), encoding="utf-8")  # seen on white and on black
         print(f"seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
     print("\n| seed | lost, naive | lost, retained | retained / naive | learned, naive | learned, retained "
           "| both tasks at the end, naive | retained |")  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from example_recipes import names_of, recipe, without
-from side_by_side import WARM_UP, Settings, peak_bytes, ratio, steps_in_turn
+from side_by_side import WARM_UP, Settings, give_back, peak_bytes, ratio, steps_in_turn
 
 from retain import methods
 
@@ -130,6 +130,7 @@ def measure(names: Sequence[str], settings: Settings, peaks: dict[str, int]) -> 
         made = [_trainer(settings, entries, steps) for entries in (*given, rest)]
         *times, plain = steps_in_turn(made)
         del made
+        give_back()
         if against not in peaks:
             peaks[against] = peak_bytes(lambda: _trainer(settings, rest, 2))
         memory = [peak_bytes(lambda own=own: _trainer(settings, own, 2)) / peaks[against] for own in given]

@@ -18,12 +18,12 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matched import REACHED, Point, Verdict, judge
+from matched import REACHED, Point, Verdict, interval, judge
 from retention_runs import FAMILIES, KEPT, ROWS, Bench, Recipe, carry_out, recipes, write
 
 from retain.functional.statistics import Interval, macro_interval
@@ -35,10 +35,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS, WORK = ROOT / "bench" / "results" / "retention", ROOT / "bench" / "out" / "retention"
 SECONDS = {False: 230.0, True: 90.0}  # of a run, and of an interpolation, until some were measured here
 
+NOTHING = "no new score to compare at"
+
 _TEXT = """# Learned against kept, on a real model
 
 Written by `python bench/retention.py --data DATA --seeds {seeds}`. SmolLM2-135M-Instruct learns {families} families of
-`reasoning_gym` ({rows} short rows, one epoch, batch 8). Kept: the core suite, {kept}; at most {items} items a probe.
+`reasoning_gym` ({rows} short rows, one epoch, batch 8). Learned is measured on {asked} new rows; kept: the core suite,
+{kept}; at most {items} items a probe. Measured on {machine}.
 
 ![Learned against kept](retention.svg)
 
@@ -46,11 +49,14 @@ Written by `python bench/retention.py --data DATA --seeds {seeds}`. SmolLM2-135M
 
 - **learned**: gain on unseen rows of the same families, in points. **lost**: what the reference probes lost, in points,
   mean over probes; **kept**: the same as a percentage of the base.
+- **less than without it**: lost by `naive`, or by `lora` where an adapter moves, − lost, paired over items and seeds:
+  what the methods save at the same number of new rows, whatever they learn.
 - **difference to plain**: lost − what plain training loses where it learns as much, paired over items and seeds. Plain
   training is all `naive` rows: three learning rates, stopped halfway, and weights between the base and the end
   (`alpha`); between two of its best settings stands their mixture.
 - **verdict**: *does not reach the new score* where less than {reached:.0%} of the largest gain of plain training is
-  learned, else from that interval. No verdict without two seeds.
+  learned, else from that interval. No verdict without two seeds, and none where no plain run learned anything that its
+  interval tells from 0: there is no new score then at which to compare, and neither is there a difference to plain.
 - Brackets are 95 % intervals over seeds and items, over items alone where there is one seed. The settings of the
   methods are usual ones, not tuned on these data. `dolly-5` replays 5 % rows of dolly-15k; all other replay is
   self-written.
@@ -70,6 +76,7 @@ class Row:
     point: Point
     kept_of: float  # mean score of the base on what is to be kept
     found: Verdict | None
+    saved: Interval | None = None  # lost by the plain training of the same weights − lost
 
     def percent_kept(self) -> Estimate:
         lost = self.lost
@@ -131,14 +138,24 @@ def rows(results: Path, seeds: Sequence[int]) -> list[Row]:
         if len(common) > 1 and plain:
             opponents = [point(name, common) for name in plain]
             verdict = judge(point(recipe.name, common), opponents, max(p.learned for p in opponents))
+            if all(interval(p.new).low <= 0 for p in opponents):
+                verdict = replace(verdict, word=NOTHING)
         used = common if verdict else mine
-        found.append(Row(recipe, used, point(recipe.name, used), kept_of, verdict))
+        other = "lora" if recipe.carrier == "LoRA" else "naive"
+        both = [seed for seed in used if seed in done.get(other, {})]
+        saved = None
+        if len(both) > 1 and not recipe.name.startswith("naive") and recipe.name != other:
+            saved = interval(point(other, both).lost - point(recipe.name, both).lost)
+        found.append(Row(recipe, used, point(recipe.name, used), kept_of, verdict, saved))
     return found
 
 
-def page(found: Sequence[Row], seeds: Sequence[int], items: int) -> str:
-    """The text of docs/retention.md."""
-    head = ("recipe", "carrier", "seeds", "learned", "lost", "kept", "difference to plain", "verdict")
+def page(found: Sequence[Row], seeds: Sequence[int], base: dict[str, Any]) -> str:
+    """The text of docs/retention.md; `base` is what base.json holds."""
+    sizes = {role: [len(base["scores"][n]) for n, p in base["probes"].items() if p["role"] == role]
+             for role in ("task", "reference")}  # fmt: skip
+    head = ("recipe", "carrier", "seeds", "learned", "lost", "kept", "less than without it", "difference to plain",
+            "verdict")  # fmt: skip
     lines = [head, ("---",) * len(head)]
     for row in found:
         plain = row.recipe.name.startswith("naive")
@@ -149,7 +166,8 @@ def page(found: Sequence[Row], seeds: Sequence[int], items: int) -> str:
                 *(f"`{row.recipe.name}`", row.recipe.carrier, str(len(row.seeds))),
                 *(_points(row.learned), _points(row.lost)),
                 f"{kept.value:.0f} % [{kept.low:.0f}, {kept.high:.0f}]",
-                _points(row.found.difference) if row.found and not plain else "",
+                _points(row.saved) if row.saved else "",
+                _points(row.found.difference) if row.found and not plain and row.found.word != NOTHING else "",
                 word,
             )
         )
@@ -161,7 +179,9 @@ def page(found: Sequence[Row], seeds: Sequence[int], items: int) -> str:
         kept=", ".join(f"`{name}`" for name in KEPT),
         table="\n".join(f"| {' | '.join(cells)} |" for cells in lines),
         reached=REACHED,
-        items=items,
+        items=max(sizes["reference"]),
+        asked=sum(sizes["task"]),
+        machine=base["machine"],
         recipes="\n".join(used),
     )
 
@@ -209,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="begin no run that would pass it")
     parser.add_argument("--model", default="starter")
     parser.add_argument("--items", type=int, default=16, help="per probe")
+    parser.add_argument("--task-items", type=int, default=64, help="new questions of the families that are learned")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "retention.md")
@@ -221,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     quiet_libraries()
     say = Console(stderr=True, highlight=False, markup=False).print
-    bench = Bench(given.data, given.work, given.results, given.model, given.items, given.train, say)
+    bench = Bench(given.data, given.work, given.results, given.model, given.items, given.task_items, given.train, say)
     count, hours = left(bench, given.seeds, given.only)
     if given.plan:
         print(f"{count} runs remain, about {hours:.1f} hours.")
@@ -244,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not found:
         say("No results yet. Give --data.")
         return 1
-    write(given.page, page(found, given.seeds, given.items))
+    write(given.page, page(found, given.seeds, json.loads((given.results / "base.json").read_text())))
     write(given.page.with_suffix(".svg"), picture(found))
     print(f"{given.page}: {len(found)} recipes.")
     return 0

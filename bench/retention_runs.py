@@ -129,6 +129,7 @@ class Bench:
         results: the small files, one per run.
         model: the model to train.
         items: per probe.
+        task_items: new questions of the families that are learned.
         train: over `_TRAIN`, for quick tests.
     """
 
@@ -137,6 +138,7 @@ class Bench:
     results: Path
     model: str = "starter"
     items: int = 16
+    task_items: int = 64
     train: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
 
@@ -159,7 +161,7 @@ class Bench:
             "probes": {
                 "reference": ["core", *(str(self.data / n / "test.jsonl") for n in KEPT)],
                 "limit": self.items,
-                "task_limit": 64,
+                "task_limit": self.task_items,
             },
             "train": _TRAIN | {"learning_rate": rate} | self.train | recipe.train,
             "seed": seed,
@@ -222,8 +224,18 @@ def _trained(bench: Bench, recipe: Recipe, seed: int) -> Path:
     base = bench.results / "base.json"
     if not base.is_file():
         about = {p.name: {"role": p.role, "share": is_share(p), "up": p.higher_is_better} for p in results.probes}
-        write(base, _compact({"probes": about, "scores": scores(load_items(place.items(BASE)))}))
+        found = scores(load_items(place.items(BASE)))
+        write(base, _compact({"machine": _machine(config), "probes": about, "scores": found}))
     return place.items(results.stages[-1])
+
+
+def _machine(config: RunConfig) -> str:
+    import torch
+
+    from retain.pipeline import plan
+
+    half = "bfloat16 autocast" if plan(config).train.get("bf16") else "float32"
+    return f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU'}, {half}"
 
 
 def _between(bench: Bench, recipe: Recipe, seed: int, alpha: float) -> list[dict[str, Any]]:
@@ -245,9 +257,10 @@ def _between(bench: Bench, recipe: Recipe, seed: int, alpha: float) -> list[dict
     (start, _), (model, _) = load_run(config.directory, BASE), load_run(config.directory)
     with torch.no_grad():
         interpolate(params.trainable(start), params.trainable(model), alpha, in_place=True)
-    half = bool(plan(config).train.get("bf16"))  # probed in the arithmetic of the other runs
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        return ask(probes, Subject(model.eval(), tokenizer))
+    half = bool(plan(config).train.get("bf16"))  # probed where, and in the arithmetic in which, the other runs are
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.autocast(device, torch.bfloat16, enabled=half):
+        return ask(probes, Subject(model.to(device).eval(), tokenizer))
 
 
 def scores(rows: list[dict[str, Any]]) -> dict[str, Any]:

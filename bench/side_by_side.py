@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import statistics
@@ -19,6 +21,7 @@ from transformers import TrainerCallback
 from retain.models.params import computes_bf16
 
 WARM_UP = 3  # steps of a training that are not counted
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where `retain run` trains
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Settings:
     @property
     def half(self) -> bool:
         """Whether training computes in bfloat16, as `retain run` decides it."""
-        return computes_bf16("cpu")
+        return computes_bf16(DEVICE)
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,17 @@ def in_turn(one: Callable[[int], Any], other: Callable[[int], Any], repeats: int
     for i in range(repeats):
         for call, seen in zip((one, other), times):
             gc.collect()
-            start = time.perf_counter()
+            start = now()
             call(i)
-            seen.append(time.perf_counter() - start)
+            seen.append(now() - start)
     return times
+
+
+def now() -> float:
+    """Seconds on a clock, when everything that was asked of a GPU is done."""
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Company:
@@ -134,10 +144,10 @@ class Baton(TrainerCallback):
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.pass_on()
         self.go.acquire()
-        self.start = time.perf_counter()
+        self.start = now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(now() - self.start)
 
     def run(self, train: Callable[[], Any]) -> None:
         self.go.acquire()
@@ -177,17 +187,24 @@ class Memory(TrainerCallback):
     The resident size of the process also holds libraries, buffers of the maths library and what malloc keeps, so
     it is neither exact nor repeatable. Here every allocation and release is counted that PyTorch's own allocator
     makes during the steps, on top of the storages that are alive when they begin (weights, anchor, importance).
+    On a GPU the allocator counts by itself.
     """
 
     def __init__(self) -> None:
         self.before = _alive()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if DEVICE != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            return
         self.base = _alive() - self.before
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profile.start()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if DEVICE != "cpu":
+            self.peak = torch.cuda.max_memory_allocated() - self.before
+            return
         self.profile.stop()
         events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         held = highest = 0
@@ -198,9 +215,19 @@ class Memory(TrainerCallback):
         del self.profile
 
 
-def _alive() -> int:
-    """Bytes of all storages that a tensor holds now."""
+def give_back() -> None:
+    """Frees what is not used any more. Each thread that trains has a heap of its own in glibc, which keeps what was
+    freed until it is asked: a table of all methods would fill the memory with it."""
     gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _alive() -> int:
+    """Bytes of all storages that a tensor holds now, on the device where training is."""
+    gc.collect()
+    if DEVICE != "cpu":
+        return torch.cuda.memory_allocated()
     storages = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and type(thing) in (torch.Tensor, torch.nn.Parameter):

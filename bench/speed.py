@@ -108,11 +108,17 @@ def about(settings: Settings) -> dict[str, Any]:
     name = next((r.split(":")[1].strip() for r in _cpu_lines() if r.startswith("model name")), platform.machine())
     precision = "float32 weights, bfloat16 autocast" if settings.half else "float32"
     return {
-        "machine": f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}",
+        "machine": f"{name}, {torch.get_num_threads()} threads, {_gpu()}PyTorch {torch.__version__}",
         "model": "SmolLM2-135M-Instruct" if settings.model == "starter" else Path(settings.model).name,
         "numbers": precision,
         "repeats": settings.repeats,
     }
+
+
+def _gpu() -> str:
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
 
 
 def _cpu_lines() -> list[str]:

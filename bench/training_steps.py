@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from side_by_side import WARM_UP, Line, Settings, in_turn, peak_bytes, ratio, steps_in_turn
+from side_by_side import DEVICE, WARM_UP, Line, Settings, in_turn, peak_bytes, ratio, steps_in_turn
 from transformers import PrinterCallback
 from trl import SFTConfig
 
@@ -68,7 +68,7 @@ def trainer(settings: Settings, methods: Sequence[Method], steps: int, orders: i
         "per_device_train_batch_size": settings.batch,
         "max_steps": steps,
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": DEVICE == "cpu",
         "gradient_checkpointing": False,
         "bf16": settings.half,
     }
@@ -84,14 +84,15 @@ def trainer(settings: Settings, methods: Sequence[Method], steps: int, orders: i
 
         whole = arguments.complete(given, lora=lora, on_policy=writer.name)
         host, args = ContinualSDFTTrainer, sdft_arguments(whole | own, writer.fields())
+    rows = training_rows(settings, settings.batch * (steps + 1), orders)
     made = host(
         model,
         args,
-        train_dataset=training_rows(settings, settings.batch * (steps + 1), orders),
+        train_dataset=rows,
         processing_class=tokenizer,
         methods=methods,
         old=training_rows(settings, settings.batch, orders),
-        run=Run(Path(folder), tokenizer=tokenizer, say=lambda line: None),
+        run=Run(Path(folder), tokenizer=tokenizer, new_rows=rows, say=lambda line: None),
     )
     made.remove_callback(PrinterCallback)
     return made
@@ -128,7 +129,7 @@ def ewc_autograd(settings: Settings) -> list[Line]:
 
 
 def _penalty(settings: Settings, against: str) -> Line:
-    model, _ = load_model(settings.model, tokenizer=False)
+    model = load_model(settings.model, tokenizer=False)[0].to(DEVICE)
     weights = list(params.trainable(model).values())
     held = [w.detach() for w in weights]
     anchors, importance = [w + 1e-3 for w in held], [torch.rand_like(w) for w in held]
@@ -168,17 +169,17 @@ def fisher(settings: Settings) -> list[Line]:
     method = EWC(strength=_STRENGTH, batch_size=settings.batch)
     made = trainer(settings, [], 1)  # its collator makes the batches
     rows = training_rows(settings, 4 * settings.batch)
-    plain_model, _ = load_model(settings.model)
+    plain_model = load_model(settings.model)[0].to(DEVICE)
     made.run.track = lambda steps, label, total: iter(steps)
 
     def importance(i: int) -> None:
-        with params.evaluating(made.model), torch.autocast("cpu", torch.bfloat16, enabled=settings.half):
+        with params.evaluating(made.model), torch.autocast(DEVICE, torch.bfloat16, enabled=settings.half):
             method.importance(made.model, made.run, rows)
 
     def plain(i: int) -> None:
         with params.evaluating(plain_model):
             for inputs, labels in made._batches(rows, settings.batch):
-                with torch.autocast("cpu", torch.bfloat16, enabled=settings.half):
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=settings.half):
                     loss = plain_model(**inputs, labels=labels, use_cache=False).loss
                 loss.backward()
                 plain_model.zero_grad()

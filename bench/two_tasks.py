@@ -5,6 +5,7 @@
     python bench/two_tasks.py --seeds 0 1 2           # other seeds
     python bench/two_tasks.py --fresh --only ewc      # measure again
     python bench/two_tasks.py --budget-minutes 9      # stop cleanly; the same command goes on
+    python bench/two_tasks.py --workers 8             # so many processes of one thread each
 
 A model that knows A learns B, then C, as in `retain run` with two tasks. Every result is a small file under
 bench/out/two_tasks and is not measured twice.
@@ -13,13 +14,16 @@ bench/out/two_tasks and is not measured twice.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +262,44 @@ def row(name: str, setting: Setting, store: Store, seeds: Sequence[int]) -> Row:
     return Row(name, setting["recipe"], setting["knob"], numbers(results, setting["knob"]), asked, seconds)
 
 
+def _single() -> None:
+    """A worker: one thread, and nothing on the screen."""
+    import torch
+    from datasets import disable_progress_bars
+
+    from retain.cli.common import quiet_libraries
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+    disable_progress_bars()
+
+
+def _begin(seed: int, folder: Path) -> None:
+    small_world.pretrained(seed, folder)
+
+
+def _plainly(setting: Setting, seed: int, store: Store) -> None:
+    with contextlib.suppress(OutOfTime):
+        store.get("none", setting, seed)
+
+
+def _try(name: str, store: Store, seeds: Sequence[int]) -> None:
+    with contextlib.suppress(Exception):  # whoever reads the results meets the same error and tells it
+        measured(name, store, seeds)
+
+
+def side_by_side(names: Sequence[str], store: Store, seeds: Sequence[int], workers: int) -> None:
+    """Measures what is missing, a method to a process; first what every method is compared with."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _single) as pool:
+        every = [*PILOTS, *seeds]
+        list(pool.map(_begin, every, [store.folder / "base"] * len(every)))
+        plain = [(setting, seed) for setting in NAIVE for seed in seeds] + [(PLAIN, seed) for seed in PILOTS]
+        list(pool.map(_plainly, *zip(*plain), [store] * len(plain)))
+        own = [name for name in names if name != "none" and name not in LEFT_OUT]
+        for done in as_completed([pool.submit(_try, name, store, seeds) for name in own]):
+            done.result()
+
+
 def main(arguments: list[str] | None = None) -> int:
     names = methods.names()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,6 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="two or more")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"))
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args(arguments)
@@ -280,6 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bars()
     say = Console(stderr=True, highlight=False, markup=False).print
     store = Store(given.out, time.monotonic() + 60 * given.budget_minutes, given.only if given.fresh else ())
+    if given.workers > 1:
+        side_by_side(given.only, store, given.seeds, given.workers)
+        store.fresh = set()  # is there now
     kept = Store(given.out, deadline=float("-inf"))  # of methods that were not asked for: what is there
     try:
         plain = [row("none", setting, store, given.seeds) for setting in NAIVE]

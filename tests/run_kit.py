@@ -74,7 +74,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "old": str(folder / "old.jsonl"),
         "probes": {"reference": [str(folder / "probes.jsonl")]},
         "train": {
-            "use_cpu": True,
+            "use_cpu": os.environ.get("RETAIN_TESTS_ON") != "gpu",
             "bf16": False,
             "per_device_train_batch_size": 4,
             "max_length": 64,
@@ -94,7 +94,8 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
 
 def environment() -> dict[str, str]:
     """Variables of a child process: our packages, one thread, no hub."""
-    paths = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
+    given = os.environ.get("PYTHONPATH")
+    paths = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent), *([given] if given else [])]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",

@@ -58,7 +58,7 @@ def bench(data, tiny_folder, tmp_path, monkeypatch) -> Bench:
         return found.model_copy(update={"probes": probes})
 
     monkeypatch.setattr(Bench, "config", config)
-    return Bench(data, tmp_path / "work", tmp_path / "results", str(tiny_folder), 4, TRAIN, lambda line: None)
+    return Bench(data, tmp_path / "work", tmp_path / "results", str(tiny_folder), 4, train=TRAIN, say=lambda line: None)
 
 
 def options(bench: Bench, *more: str) -> list[str]:
@@ -135,18 +135,36 @@ def test_one_seed_gives_no_verdict(tmp_path, monkeypatch):
     monkeypatch.setattr(retention, "recipes", lambda: [Recipe("naive", ["none"]), Recipe("ewc", ["ewc"])])
     about = {"role": "reference", "share": True, "up": True}
     scores = {"kept": "1" * 20, "new": "0" * 20}
-    base = {"probes": {"kept": about, "new": about | {"role": "task"}}, "scores": scores}
+    base = {"machine": "a CPU", "probes": {"kept": about, "new": about | {"role": "task"}}, "scores": scores}
     retention_runs.write(tmp_path / "base.json", json.dumps(base))
     for name, kept in (("naive", "0"), ("ewc", "1")):
         for seed in (0, 1):
             run = {"scores": {"kept": "1" * 10 + kept * 10, "new": "1" * 20}}
             retention_runs.write(tmp_path / f"{name}-seed{seed}.json", json.dumps(run))
-    assert "needs two seeds" in retention.page(retention.rows(tmp_path, [0]), [0], 24)
+    assert "needs two seeds" in retention.page(retention.rows(tmp_path, [0]), [0], base)
     both = {row.recipe.name: row for row in retention.rows(tmp_path, [0, 1])}
     assert both["ewc"].found.word == "forgets less"
     assert both["ewc"].found.difference.value == pytest.approx(-0.5)
     assert both["naive"].percent_kept().value == pytest.approx(50)
     assert np.isfinite([both["ewc"].percent_kept().low, both["naive"].lost.high]).all()
+
+
+def test_where_nothing_is_learned_there_is_no_verdict(tmp_path, monkeypatch):
+    monkeypatch.setattr(retention, "recipes", lambda: [Recipe("naive", ["none"]), Recipe("ewc", ["ewc"])])
+    about = {"role": "reference", "share": True, "up": True}
+    base = {"machine": "a CPU", "probes": {"kept": about, "new": about | {"role": "task"}},
+            "scores": {"kept": "1" * 20, "new": "01" * 10}}  # fmt: skip
+    retention_runs.write(tmp_path / "base.json", json.dumps(base))
+    for name, kept in (("naive", "0"), ("ewc", "1")):
+        for seed, new in enumerate(("01" * 10, "01" * 9 + "10")):
+            run = {"scores": {"kept": "1" * 10 + kept * 10, "new": new}}
+            retention_runs.write(tmp_path / f"{name}-seed{seed}.json", json.dumps(run))
+    found = {row.recipe.name: row for row in retention.rows(tmp_path, [0, 1])}
+    assert found["ewc"].found.word == retention.NOTHING
+    assert found["ewc"].saved.value == pytest.approx(0.5)
+    assert found["naive"].saved is None
+    line = next(x for x in retention.page(list(found.values()), [0, 1], base).splitlines() if x.startswith("| `ewc`"))
+    assert line.endswith("|  | no new score to compare at |")
 
 
 def test_real_recipes_can_be_built(monkeypatch):

@@ -13,7 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from training_kit import Killed, StopAt, distance, finite, merged, other_rows, rows, same_bits, stored, train, trainer
+from training_kit import (
+    ON_GPU,
+    Killed,
+    StopAt,
+    distance,
+    finite,
+    merged,
+    other_rows,
+    rows,
+    same_bits,
+    stored,
+    train,
+    trainer,
+)
 
 import retain
 from retain import methods
@@ -117,7 +130,8 @@ def test_result_does_not_depend_on_accumulation(team, tmp_path):
     split, apart = run("split", 2, 4)
     tokens = [sum(micro["tokens"]) for micro in split.seen[:4]]
     assert len(set(tokens)) > 1, "the micro-batches must differ in supervised tokens, or nothing is tested"
-    assert distance(together_, apart) < 2e-7
+    # a GPU's head adds its float32 products in an order that depends on the number of rows
+    assert distance(together_, apart) < (1e-6 if ON_GPU else 2e-7)
     assert [t for micro in whole.seen for t in micro["tokens"]] == [t for micro in split.seen for t in micro["tokens"]]
     assert len(split.seen) > 3 * len(whole.seen)
 

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from run_kit import NUMBERS, carry_out, choice_rows, response_rows, settings, tiny_folder, write_lines
 from tiny import tiny_model, tiny_tokenizer
+from training_kit import ON_GPU
 
 from retain import ContinualTrainer, Replay, load_run, pipeline
 from retain.config import parse
@@ -159,7 +160,8 @@ def test_load_run_gives_the_model_that_was_probed(shop, tmp_path, monkeypatch):
         probe(self, stage, index)
         ids = self.tokenizer("Seven small ships", return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            kept[stage] = self._model_of(index).eval()(ids).logits.clone()
+            model = self._model_of(index).eval()
+            kept[stage] = model(ids.to(model.device)).logits.cpu()
 
     monkeypatch.setattr(pipeline._Runner, "_probe", spy)
     for name, methods in {"full": ["none"], "lora": [{"lora": {"r": 4}}]}.items():
@@ -169,7 +171,7 @@ def test_load_run_gives_the_model_that_was_probed(shop, tmp_path, monkeypatch):
             model, tokenizer = load_run(tmp_path / name, stage)
             ids = tokenizer("Seven small ships", return_tensors="pt")["input_ids"]
             with torch.no_grad():
-                found = model.eval()(ids).logits
+                found = model.to("cuda" if ON_GPU else "cpu").eval()(ids.to(model.device)).logits.cpu()
             assert torch.allclose(found, logits, atol=0 if name == "full" else 1e-4, rtol=0), (name, stage)
         assert not torch.allclose(kept["00-base"], kept["02-which"])
         assert not hasattr(load_run(tmp_path / name)[0], "peft_config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from retain.training.trainer import ContinualTrainer
 
 disable_progress_bars()
 
+#: Whether trainings run on the GPU that is there; see the Makefile's `test-gpu`.
+ON_GPU = os.environ.get("RETAIN_TESTS_ON") == "gpu"
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
 
 
@@ -134,7 +137,7 @@ def trainer(
     `settings` go to `SFTConfig` or `SDFTConfig`, `old` defaults to 12 rows of its own.
     """
     options = {"learning_rate": 1e-2, "max_length": 64, "save_strategy": "no", "bf16": False, "logging_steps": 1}
-    quiet = {"use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+    quiet = {"use_cpu": not ON_GPU, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
     options |= {"output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": batch} | quiet | settings
     writer = Stack(methods).writer
     made = (Spy if writer is None else WritingSpy)(
@@ -163,12 +166,12 @@ def merged(model: Any) -> params.Tensors:
     model = copy.deepcopy(model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    return {name: p.detach().clone() for name, p in params.causal(model).named_parameters()}
+    return stored(model)
 
 
 def stored(model: Any) -> params.Tensors:
-    """All parameters as they are held, adapters included."""
-    return {name: p.detach().clone() for name, p in params.causal(model).named_parameters()}
+    """All parameters as they are held, adapters included, on the CPU."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in params.causal(model).named_parameters()}
 
 
 def distance(one: params.Tensors, other: params.Tensors) -> float:

@@ -221,6 +221,17 @@ def test_top_share_is_what_sorting_finds(size, share):
     assert set(mask.nonzero()[:, 0].tolist()) == set(sizes.argsort(descending=True)[:count].tolist())
 
 
+@pytest.mark.parametrize("share", [0.15, 0.5])
+def test_top_share_where_the_sample_misleads(share):
+    """Columns of different size, and a tensor that is sorted in part: the value sought is not in the sample's range."""
+    columns = random(600, 512).abs() * torch.logspace(-4, 4, 512)
+    jump = torch.cat([torch.linspace(0, 1, 2**17), torch.full((2**17,), 2.0) + random(2**17).float()])
+    for sizes in (columns, jump.abs()):
+        mask = projection.top_share(sizes, share)
+        assert int(mask.sum()) == math.floor(share * sizes.numel())
+        assert float(sizes[mask].min()) >= float(sizes[~mask].max())
+
+
 @pytest.mark.parametrize("size", [12, 100_000])
 def test_ties_are_broken_by_place_and_the_count_is_exact(size):
     sizes = torch.zeros(size // 4, 4)

@@ -31,6 +31,8 @@ def loop(model, method, steps, optimizer=torch.optim.AdamW, edit=lambda layers: 
         ids = token_batch(rows=2, length=8, seed=step)
         model(input_ids=ids, labels=ids).loss.backward()
         edit(model)
+        if method is not None:
+            method.edit_gradients(model, run)
         optimizer.step()
         if method is not None:
             method.on_step_end(model, run)
@@ -67,6 +69,21 @@ def test_after_200_steps_of_adamw_the_change_is_outside():
         moment = optimizer.state[layer.weight]["exp_avg"]
         u, v = bases[layer.name]
         assert float((u.T @ moment).norm()) + float((moment @ v).norm()) < 1e-5 * float(moment.norm())
+
+
+def test_no_step_is_longer_than_the_learning_rate():
+    """A projected first moment over a second moment that is not would divide by nothing where a gradient is 0."""
+    model = small().double()
+    before = stored(model)
+
+    def in_one_row(model):
+        for layer in passes.linear_layers(model):
+            layer.weight.grad[1:] = 0
+
+    loop(model, Subspace(), 12, edit=in_one_row, weight_decay=0.0)
+    for layer in passes.linear_layers(model):
+        change = (stored(model)[layer.name + ".weight"] - before[layer.name + ".weight"]).norm()
+        assert 0 < change / layer.weight.numel() ** 0.5 < 12 * 1e-2
 
 
 def test_projecting_gradients_alone_leaks():

@@ -13,12 +13,16 @@ from torch import Tensor
 
 #: Directions whose length is below this share of the longest are rounding, not directions.
 NOISE = 1e-6
+_BLOCK = 2**18  # numbers that stay in the cache of a CPU between two looks
 
 
 @torch.no_grad()
 def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     """⟨a, b⟩ over all tensors together; each summed in at least float32, the sums in float64."""
-    return math.fsum(float((_wide(a) * _wide(b)).sum()) for a, b in zip(first, second, strict=True))
+    sums = [(_wide(a) * _wide(b)).sum().double() for a, b in zip(first, second, strict=True)]
+    if sums and all(type(one) is Tensor for one in sums):  # a GPU is waited for once, not once per tensor
+        return math.fsum(torch.stack([one.to(sums[0].device) for one in sums]).tolist())
+    return math.fsum(float(one) for one in sums)
 
 
 @torch.no_grad()
@@ -162,10 +166,10 @@ def top_share(sizes: Tensor, share: float) -> Tensor:
     """
     flat = sizes.reshape(-1)
     count = max(1, int(share * flat.numel()))
-    threshold = _kth_largest(flat, count)
-    mask = flat > threshold
-    equal = (flat == threshold).nonzero()[: count - int(mask.sum()), 0]
-    mask[equal] = True
+    threshold = _kth_largest(flat, count, sizes.shape[-1] if sizes.dim() else 1)
+    mask = flat >= threshold
+    if surplus := int(mask.sum()) - count:
+        mask[(flat == threshold).nonzero()[-surplus:, 0]] = False
     return mask.view(sizes.shape)
 
 
@@ -178,18 +182,29 @@ def column_scores(weight: Tensor, squares: Tensor) -> Tensor:
     return weight.double().abs().sum(0) * squares.double().sqrt()
 
 
-def _kth_largest(flat: Tensor, count: int) -> Tensor:
-    """The `count`-th largest entry; in a long tensor sought between two values of a sample."""
+def _kth_largest(flat: Tensor, count: int, width: int) -> Tensor:
+    """The `count`-th largest entry; in a long tensor sought between two values of a sample.
+
+    Args:
+        width: columns of the matrix; the sample steps through all of them, as columns differ in size.
+    """
     total = flat.numel()
-    if total > 2**16:
-        sample = flat[:: total // 2**12].sort(descending=True).values
-        place, margin = count / total * len(sample), 2 * math.sqrt(len(sample))
-        high, low = sample[max(0, int(place - margin))], sample[min(len(sample) - 1, int(place + margin))]
-        inside = flat[(flat <= high) & (flat >= low)]
-        rank = count - int((flat > high).sum())
-        if 0 < rank <= len(inside):
-            return inside.kthvalue(len(inside) - rank + 1).values
-    return flat.kthvalue(total - count + 1).values
+    if total <= 2**16:
+        return flat.kthvalue(total - count + 1).values
+    stride = next(s for s in range(total // (2**12 if total < 2**21 else 2**16), 0, -1) if math.gcd(s, width) == 1)
+    sample = flat[::stride].sort(descending=True).values
+    place, margin = count / total * len(sample), 2 * math.sqrt(len(sample))
+    high, low = sample[max(0, int(place - margin))], sample[min(len(sample) - 1, int(place + margin))]
+    # a CPU looks at parts that stay in its cache, a GPU at all at once
+    parts = flat.split(_BLOCK) if flat.device.type == "cpu" else (flat,)
+    above = sum(int((part > high).sum()) for part in parts)
+    rank = count - above
+    inside = torch.cat([part[(part <= high) & (part >= low)] for part in parts])
+    if rank <= 0:
+        inside, rank = flat[flat > high], count
+    elif rank > len(inside):
+        inside, rank = flat[flat < low], rank - len(inside)
+    return inside.kthvalue(len(inside) - rank + 1).values
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -49,11 +49,11 @@ class MoFO(Method):
         for parameter, before in self._before:
             if parameter.grad is None:
                 continue
-            keeps = torch.where(top_share(_momentum(run, parameter).abs(), self.config.share), parameter, before)
+            moves = top_share(_momentum(run, parameter).abs(), self.config.share)
             if run.logging_now:
                 slopes.append(parameter.grad)
-                undone.append(keeps - parameter)
-            parameter.copy_(keeps)
+                undone.append(torch.where(moves, 0, before - parameter))
+            torch.where(moves, parameter, before, out=parameter)
         self._before.clear()
         if run.logging_now:  # what the filter costs the new task in this step, to first order, in nats
             run.log(f"loss/{self.name}", dot(slopes, undone))

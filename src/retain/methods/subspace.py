@@ -6,9 +6,11 @@
 `energy`, V also holds the directions of old inputs (GPM, arXiv:2103.09762), so that ΔW x = 0 for what they span; a
 streamed task adds none, as its rows are not read again.
 With LoRA, UᵀB = 0 and AV = 0, hence the product s·BA stays outside; A begins there.
-Deviations from the paper: the realised step is projected, and so is the first moment: the paper projects gradients,
-    which Adam's division and weight decay lead back into the subspace. U and V are closed off each for itself, not
-    only their outer product, and every layer has the same share. Embeddings, head and norms are not held; see freeze.
+Deviations from the paper: the realised step is projected as well as the gradients: of these alone Adam's division and
+    weight decay lead back into the subspace. (Both of Adam's moments must see the same gradients. Projecting the first
+    alone gives weights of a small second moment steps many times the learning rate.) U and V are closed off each for
+    itself, not only their outer product, and every layer has the same share. Embeddings, head and norms are not held;
+    see freeze.
 Needs: nothing; with `energy` old rows once.
 Cost: one SVD per matrix and task, two pairs of thin products per matrix and step, with `energy` a pass over old rows; a
     copy of the trained matrices, and the directions held.
@@ -128,6 +130,13 @@ class Subspace(Method):
         return run.shared_folder / "subspace" / f"{index:02d}.safetensors"
 
     @torch.no_grad()
+    def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
+        for parameter, _, left, right in self._held:
+            if parameter.grad is not None:
+                slope = parameter.grad.to(_dtype(parameter.grad))
+                parameter.grad.copy_(projection.off_subspace(slope, left, right))
+
+    @torch.no_grad()
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
         slopes, undone = [], []
         for parameter, start, left, right in self._held:
@@ -138,9 +147,6 @@ class Subspace(Method):
                 slopes.append(parameter.grad)
                 undone.append(inside - parameter)
             parameter.copy_(inside)
-            for name, moment in run.moments(parameter).items():
-                if name in ("exp_avg", "momentum_buffer"):
-                    moment.copy_(projection.off_subspace(moment.to(_dtype(moment)), left, right))
         if run.logging_now:  # what the projection costs the new task in this step, to first order, in nats
             run.log(f"loss/{self.name}", projection.dot(slopes, undone))
 
