@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
 import multiprocessing
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,18 +29,14 @@ import two_tasks_page
 from example_recipes import changed, recipe
 from matched import Point
 from two_tasks_page import Row
+from two_tasks_runs import OLD, OutOfTime, Setting, Store, write
 
 from retain import methods
-from retain.methods.context import Run
 
 ROOT = Path(__file__).parent.parent
 OUT, PAGE = ROOT / "bench" / "out" / "two_tasks", ROOT / "docs" / "two_tasks.md"
 PILOTS = (1000, 1001)  # settings are chosen on these seeds, which are not in the table
-STEPS, BATCH, ROWS, OLD = 100, 16, 512, 96
 MARGIN = 0.97  # of plain training's new-task score, asked for on the pilots; 0.95 in the table
-RATE = 1e-3  # with and without an adapter
-
-Setting = dict[str, Any]  # recipe, rate (× the usual one), share (of the steps), knob (as text)
 
 #: The knob of a method, weakest value first, where it is not `strength`; a method without any gets learning rates.
 LADDERS: dict[str, tuple[str, list[Any]]] = {
@@ -100,113 +92,6 @@ def _plain(rate: float, share: float) -> Setting:
 #: Plain training, swept over learning rates and where it stops (the schedule ends there, too).
 NAIVE = [_plain(rate, share) for rate in (0.3, 0.5, 1.0, 2.0) for share in (0.35, 0.6, 1.0)]
 PLAIN = next(setting for setting in NAIVE if setting["knob"] == two_tasks_page.USUAL)
-
-
-class WatchedRun(Run):
-    """Notes whether old rows were asked for; draws no progress bars."""
-
-    asked = False
-
-    def old_rows(self, *args: Any, **kwargs: Any) -> Any:
-        self.asked = True
-        return super().old_rows(*args, **kwargs)
-
-    def track(self, steps: Any, label: str, total: int) -> Any:
-        return iter(steps)
-
-
-def train(setting: Setting, seed: int, base: Path) -> dict[str, Any]:
-    """Learn B, then C. `answers` are those to A, B and C before, in between and after; 'asked' about old rows."""
-    from transformers import PrinterCallback
-    from trl import SFTConfig
-
-    from retain.models.load import settled
-    from retain.training.trainer import ContinualTrainer
-
-    model: Any = small_world.pretrained(seed, base)
-    start = time.monotonic()
-    old = small_world.chat(small_world.lessons("A", OLD, 10_000 + seed))
-    found, asked = [{f: small_world.answers(model, f) for f in small_world.FAMILIES}], False
-    with tempfile.TemporaryDirectory() as folder:
-        for index, family in enumerate(small_world.FAMILIES[1:], 1):
-            made = methods.build(setting["recipe"])  # a task begins with fresh methods, as in `retain run`
-            rows = small_world.chat(small_world.lessons(family, ROWS, seed))
-            run = WatchedRun(
-                *(Path(folder) / family, family, index, seed, small_world.tokenizer(), Path(folder)),
-                new_rows=rows,
-                say=lambda line: None,
-            )
-            trainer = ContinualTrainer(
-                model,
-                SFTConfig(
-                    str(run.directory),
-                    max_steps=round(STEPS * setting["share"]),
-                    per_device_train_batch_size=BATCH,
-                    learning_rate=RATE * setting["rate"],
-                    lr_scheduler_type="linear",
-                    warmup_steps=5,
-                    max_length=32,
-                    seed=seed + index,
-                    save_strategy="no",
-                    bf16=False,
-                    use_cpu=True,
-                    gradient_checkpointing=False,
-                    report_to="none",
-                    disable_tqdm=True,
-                    logging_steps=STEPS,
-                ),
-                train_dataset=rows,
-                processing_class=small_world.tokenizer(),
-                methods=made,
-                old=old,
-                run=run,
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-            trainer.release()
-            model, asked = settled(trainer.model), asked or run.asked
-            found.append({f: small_world.answers(model, f) for f in small_world.FAMILIES})
-    return {"answers": found, "asked": asked, "seconds": round(time.monotonic() - start, 1)}
-
-
-class Store:
-    """One file per (method, setting, seed); what is there is not measured again, unless its method is in `fresh`."""
-
-    def __init__(self, folder: Path, deadline: float = float("inf"), fresh: Sequence[str] = ()) -> None:
-        self.folder, self.deadline, self.fresh = folder, deadline, set(fresh)
-        self.trained: set[Path] = set()
-
-    def path(self, name: str, setting: Setting, seed: int) -> Path:
-        facts = [small_world.VERSION, STEPS, BATCH, ROWS, OLD, RATE, setting]
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
-        return self.folder / name / f"{key}-seed{seed}.json"
-
-    def get(self, name: str, setting: Setting, seed: int) -> dict[str, Any]:
-        """The result, measured now or before.
-
-        Raises:
-            OutOfTime: the budget is spent.
-        """
-        path = self.path(name, setting, seed)
-        if path.is_file() and (name not in self.fresh or path in self.trained):
-            return json.loads(path.read_text())
-        if time.monotonic() > self.deadline:
-            raise OutOfTime
-        result = {"method": name, **setting, "seed": seed, **train(setting, seed, self.folder / "base")}
-        self.trained.add(path)
-        write(path, json.dumps(result) + "\n")
-        return result
-
-
-class OutOfTime(Exception):
-    """The budget of this call is spent; everything measured so far is kept."""
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def numbers(results: Sequence[dict[str, Any]], label: str) -> Point:
@@ -314,6 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
     if len(set(given.seeds)) < 2 or set(PILOTS) & set(given.seeds):
         parser.error(f"--seeds: give two or more different ones; {PILOTS[0]} and {PILOTS[1]} are the pilots.")
 
+    if given.workers > 1 and given.fresh:
+        parser.error("--fresh is for one process. Leave one of --fresh and --workers out.")
+
     from datasets import disable_progress_bars
     from rich.console import Console
 
@@ -325,7 +213,6 @@ def main(arguments: list[str] | None = None) -> int:
     store = Store(given.out, time.monotonic() + 60 * given.budget_minutes, given.only if given.fresh else ())
     if given.workers > 1:
         side_by_side(given.only, store, given.seeds, given.workers)
-        store.fresh = set()  # is there now
     kept = Store(given.out, deadline=float("-inf"))  # of methods that were not asked for: what is there
     try:
         plain = [row("none", setting, store, given.seeds) for setting in NAIVE]

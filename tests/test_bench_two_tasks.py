@@ -17,6 +17,7 @@ import example_recipes  # noqa: E402
 import matched  # noqa: E402
 import small_world  # noqa: E402
 import two_tasks  # noqa: E402
+import two_tasks_runs  # noqa: E402
 from matched import Point  # noqa: E402
 
 from retain import methods  # noqa: E402
@@ -31,7 +32,7 @@ def half_taught(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Trainings of two steps, of models that know nothing."""
-    monkeypatch.setattr(two_tasks, "STEPS", 2)
+    monkeypatch.setattr(two_tasks_runs, "STEPS", 2)
     monkeypatch.setattr(two_tasks, "NAIVE", [two_tasks.PLAIN, two_tasks.NAIVE[0]])
     monkeypatch.setattr(small_world, "pretrained", lambda seed, folder: small_world.untrained(seed))
 
@@ -163,29 +164,45 @@ def test_the_command_writes_the_page_and_goes_on(quick, tmp_path, monkeypatch, c
     assert "| yes |" in line, "it asked for old rows"
     assert "Not measured yet: " in text
     assert "l2sp" in text
-    monkeypatch.setattr(two_tasks, "train", None)  # nothing may be trained again
+    monkeypatch.setattr(two_tasks_runs, "train", None)  # nothing may be trained again
     assert two_tasks.main([*given, "--only", "replay"]) == 0
     assert page.read_text() == text
 
 
 def test_a_method_that_fails_is_a_line_of_the_table(quick, tmp_path, monkeypatch):
-    whole = two_tasks.train
+    whole = two_tasks_runs.train
 
     def train(setting, seed, base):
         if setting["recipe"] != ["none"]:
             raise ArithmeticError("broken\nin two")
         return whole(setting, seed, base)
 
-    monkeypatch.setattr(two_tasks, "train", train)
+    monkeypatch.setattr(two_tasks_runs, "train", train)
     page = tmp_path / "two_tasks.md"
     given = ["--seeds", "0", "1", "--out", str(tmp_path / "out"), "--page", str(page), "--only", "l2sp"]
     assert two_tasks.main(given) == 1
     assert "`l2sp` is not in the table: ArithmeticError: broken.\n" in page.read_text()
 
 
+def test_workers_measure_what_one_process_would(tmp_path, monkeypatch):
+    """They are asked first, with the same store and budget; what they leave is read, not measured again."""
+    called = []
+    monkeypatch.setattr(two_tasks, "side_by_side", lambda *given: called.append(given))
+    monkeypatch.setattr(two_tasks_runs, "train", lambda *given: pytest.fail("nothing is left to train"))
+    given = ["--seeds", "0", "1", "--out", str(tmp_path), "--page", str(tmp_path / "page.md"), "--only", "l2sp"]
+    with pytest.raises(SystemExit):
+        two_tasks.main([*given, "--workers", "2", "--fresh"])
+    assert two_tasks.main([*given, "--workers", "2", "--budget-minutes", "0"]) == 3
+    ((names, store, seeds, workers),) = called
+    assert (names, seeds, workers) == (["l2sp"], [0, 1], 2)
+    two_tasks._plainly(two_tasks.PLAIN, 0, store)  # the budget is spent: no error
+    two_tasks._try("l2sp", store, seeds)
+    assert not list(tmp_path.glob("*/*.json"))
+
+
 def test_what_is_there_is_measured_again_when_asked(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(two_tasks, "train", lambda *given: calls.append(given) or {"seconds": 0})
+    monkeypatch.setattr(two_tasks_runs, "train", lambda *given: calls.append(given) or {"seconds": 0})
     two_tasks.Store(tmp_path).get("none", two_tasks.PLAIN, 0)
     two_tasks.Store(tmp_path).get("none", two_tasks.PLAIN, 0)
     assert len(calls) == 1
