@@ -232,6 +232,24 @@ def test_top_share_where_the_sample_misleads(share):
         assert float(sizes[mask].min()) >= float(sizes[~mask].max())
 
 
+@pytest.mark.parametrize("shape", [(30, 7), (700, 450), (300, 512, 3)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_keeping_the_top_share_is_choosing_by_its_mask(shape, ties):
+    values, before, sizes = (random(*shape, seed=s) for s in range(3))
+    if ties:
+        sizes = sizes.round()
+    expected = torch.where(projection.top_share(sizes.abs(), 0.3), values, before)
+    for change in (lambda tensor: tensor, lambda tensor: tensor.transpose(0, 1)):
+        found = change(values.clone())
+        other = (
+            found
+            if found.is_contiguous()
+            else torch.where(projection.top_share(change(sizes).abs(), 0.3), found, change(before))
+        )
+        projection.keep_top_share(found, change(before), change(sizes), 0.3)
+        assert torch.equal(found, expected if found.is_contiguous() else other)
+
+
 @pytest.mark.parametrize("size", [12, 100_000])
 def test_ties_are_broken_by_place_and_the_count_is_exact(size):
     sizes = torch.zeros(size // 4, 4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 #: Directions whose length is below this share of the longest are rounding, not directions.
 NOISE = 1e-6
-_BLOCK = 2**18  # numbers that stay in the cache of a CPU between two looks
+_BLOCK = 2**20  # numbers that stay in the cache of a CPU between two looks
 
 
 @torch.no_grad()
@@ -164,13 +164,26 @@ def top_share(sizes: Tensor, share: float) -> Tensor:
 
     Exactly that many: among equal sizes the first in memory order are taken.
     """
+    threshold, surplus = _threshold(sizes, share)
     flat = sizes.reshape(-1)
-    count = max(1, int(share * flat.numel()))
-    threshold = _kth_largest(flat, count, sizes.shape[-1] if sizes.dim() else 1)
     mask = flat >= threshold
-    if surplus := int(mask.sum()) - count:
+    if surplus:
         mask[(flat == threshold).nonzero()[-surplus:, 0]] = False
     return mask.view(sizes.shape)
+
+
+@torch.no_grad()
+def keep_top_share(values: Tensor, before: Tensor, sizes: Tensor, share: float) -> None:
+    """values ← before, in place, but where |sizes| is among the largest share, as `top_share` has them. One shape."""
+    if not (values.is_contiguous() and before.is_contiguous() and sizes.is_contiguous()):
+        values.copy_(torch.where(top_share(sizes.abs(), share), values, before))
+        return
+    threshold, surplus = _threshold(sizes, share)
+    for value, old, size in zip(*(_parts(tensor.view(-1)) for tensor in (values, before, sizes))):
+        torch.where(size.abs() >= threshold, value, old, out=value)
+    if surplus:
+        last = (sizes.view(-1).abs() == threshold).nonzero()[-surplus:, 0]
+        values.view(-1)[last] = before.view(-1)[last]
 
 
 def column_scores(weight: Tensor, squares: Tensor) -> Tensor:
@@ -182,29 +195,39 @@ def column_scores(weight: Tensor, squares: Tensor) -> Tensor:
     return weight.double().abs().sum(0) * squares.double().sqrt()
 
 
-def _kth_largest(flat: Tensor, count: int, width: int) -> Tensor:
-    """The `count`-th largest entry; in a long tensor sought between two values of a sample.
+def _threshold(sizes: Tensor, share: float) -> tuple[Tensor, int]:
+    """The smallest |size| among the largest share, and how many too many are at least as large, as some are equal.
 
-    Args:
-        width: columns of the matrix; the sample steps through all of them, as columns differ in size.
+    In a long tensor it is sought between two values of a sample, and the whole is looked at once.
     """
+    flat = sizes.reshape(-1)
     total = flat.numel()
+    count = max(1, int(share * total))
     if total <= 2**16:
-        return flat.kthvalue(total - count + 1).values
+        flat = flat.abs()
+        found = flat.kthvalue(total - count + 1).values
+        return found, int((flat >= found).sum()) - count
+    width = sizes.shape[-1]  # columns differ in size: the sample must meet all of them
     stride = next(s for s in range(total // (2**12 if total < 2**21 else 2**16), 0, -1) if math.gcd(s, width) == 1)
-    sample = flat[::stride].sort(descending=True).values
+    sample = flat[::stride].abs().sort(descending=True).values
     place, margin = count / total * len(sample), 2 * math.sqrt(len(sample))
     high, low = sample[max(0, int(place - margin))], sample[min(len(sample) - 1, int(place + margin))]
-    # a CPU looks at parts that stay in its cache, a GPU at all at once
-    parts = flat.split(_BLOCK) if flat.device.type == "cpu" else (flat,)
-    above = sum(int((part > high).sum()) for part in parts)
-    rank = count - above
-    inside = torch.cat([part[(part <= high) & (part >= low)] for part in parts])
-    if rank <= 0:
-        inside, rank = flat[flat > high], count
-    elif rank > len(inside):
-        inside, rank = flat[flat < low], rank - len(inside)
-    return inside.kthvalue(len(inside) - rank + 1).values
+    larger, inside = 0, []
+    for part in map(torch.abs, _parts(flat)):
+        larger += int(torch.count_nonzero(part > high))
+        inside.append(part[(part <= high) & (part >= low)])
+    middle = torch.cat(inside)
+    if count <= larger:  # the sample misled: it is among the larger ones
+        larger, middle = 0, torch.cat([part[part > high] for part in map(torch.abs, _parts(flat))])
+    elif count > larger + len(middle):
+        larger, middle = larger + len(middle), torch.cat([part[part < low] for part in map(torch.abs, _parts(flat))])
+    found = middle.kthvalue(len(middle) - (count - larger) + 1).values
+    return found, larger + int(torch.count_nonzero(middle >= found)) - count
+
+
+def _parts(flat: Tensor) -> tuple[Tensor, ...]:
+    """A CPU looks at parts that stay in its cache, a GPU at all at once."""
+    return flat.split(_BLOCK) if flat.device.type == "cpu" else (flat,)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ their place, and those that stay hold what the model knew. Norms and biases move
 Deviations from the paper: works over any optimizer with a first moment; what is not among the largest is put back
     bit for bit, weight decay included (the authors' code decays every weight at every step). Ties go by place.
 Needs: nothing.
-Cost: one selection per matrix and step; one copy of the trained matrices during a step.
+Cost: one selection per matrix and step; one copy of the trained matrices.
 Combine with: replay, distill, ewc, interpolate.
 Conflicts: ogd (after which every weight has moved).
 Tune: `share` 0.05–0.2; smaller keeps more and learns more slowly. Little to gain with `lora`.
@@ -15,11 +15,14 @@ Tune: `share` 0.05–0.2; smaller keeps more and learns more slowly. Little to g
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from pydantic import Field
 
 from retain.errors import ConfigError
-from retain.functional.projection import dot, top_share
+from retain.functional.projection import dot, keep_top_share
 from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Run
 from retain.models import params
@@ -38,25 +41,35 @@ class MoFO(Method):
         share: float = Field(0.15, gt=0, le=1)
         """Share of each matrix that may move in a step; 1 is off."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._copies: dict[torch.nn.Parameter, torch.Tensor] = {}  # kept from step to step: new memory takes long
+        self._moving: list[torch.nn.Parameter] = []
+
     @torch.no_grad()
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
-        learning = params.trainable(model).values()
-        self._before = [(p, p.detach().clone()) for p in learning if p.dim() > 1 and p.grad is not None]
+        self._moving = [p for p in params.trainable(model).values() if p.dim() > 1 and p.grad is not None]
+        for parameter in self._moving:
+            if parameter not in self._copies:
+                self._copies[parameter] = torch.empty_like(parameter)
+            self._copies[parameter].copy_(parameter)
 
     @torch.no_grad()
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
-        slopes, undone = [], []
-        for parameter, before in self._before:
+        lost = []
+        for parameter in self._moving:
             if parameter.grad is None:
                 continue
-            moves = top_share(_momentum(run, parameter).abs(), self.config.share)
-            if run.logging_now:
-                slopes.append(parameter.grad)
-                undone.append(torch.where(moves, 0, before - parameter))
-            torch.where(moves, parameter, before, out=parameter)
-        self._before.clear()
+            wished = parameter.clone() if run.logging_now else None
+            keep_top_share(parameter, self._copies[parameter], _momentum(run, parameter), self.config.share)
+            if wished is not None:
+                lost.append(dot([parameter.grad], [parameter - wished]))
         if run.logging_now:  # what the filter costs the new task in this step, to first order, in nats
-            run.log(f"loss/{self.name}", dot(slopes, undone))
+            run.log(f"loss/{self.name}", math.fsum(lost))
+
+    def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
+        self._copies.clear()
+        self._moving.clear()
 
 
 def _momentum(run: Run, parameter: torch.nn.Parameter) -> torch.Tensor:
