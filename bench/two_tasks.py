@@ -173,7 +173,7 @@ def _try(name: str, store: Store, seeds: Sequence[int]) -> None:
         measured(name, store, seeds)
 
 
-def side_by_side(names: Sequence[str], store: Store, seeds: Sequence[int], workers: int) -> None:
+def in_processes(names: Sequence[str], store: Store, seeds: Sequence[int], workers: int) -> None:
     """Measures what is missing, a method to a process; first what every method is compared with."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _single) as pool:
         every = [*PILOTS, *seeds]
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     say = Console(stderr=True, highlight=False, markup=False).print
     store = Store(given.out, time.monotonic() + 60 * given.budget_minutes, given.only if given.fresh else ())
     if given.workers > 1:
-        side_by_side(given.only, store, given.seeds, given.workers)
+        in_processes(given.only, store, given.seeds, given.workers)
     kept = Store(given.out, deadline=float("-inf"))  # of methods that were not asked for: what is there
     try:
         plain = [row("none", setting, store, given.seeds) for setting in NAIVE]

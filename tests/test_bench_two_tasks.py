@@ -187,7 +187,7 @@ def test_a_method_that_fails_is_a_line_of_the_table(quick, tmp_path, monkeypatch
 def test_workers_measure_what_one_process_would(tmp_path, monkeypatch):
     """They are asked first, with the same store and budget; what they leave is read, not measured again."""
     called = []
-    monkeypatch.setattr(two_tasks, "side_by_side", lambda *given: called.append(given))
+    monkeypatch.setattr(two_tasks, "in_processes", lambda *given: called.append(given))
     monkeypatch.setattr(two_tasks_runs, "train", lambda *given: pytest.fail("nothing is left to train"))
     given = ["--seeds", "0", "1", "--out", str(tmp_path), "--page", str(tmp_path / "page.md"), "--only", "l2sp"]
     with pytest.raises(SystemExit):
