@@ -39,9 +39,10 @@ NOTHING = "no new score to compare at"
 
 _TEXT = """# Learned against kept, on a real model
 
-Written by `python bench/retention.py --data DATA --seeds {seeds}`. SmolLM2-135M-Instruct learns {families} families of
-`reasoning_gym` ({rows} short rows, one epoch, batch 8). Learned is measured on {asked} new rows; kept: the core suite,
-{kept}; at most {items} items a probe. Measured on {machine}.
+Written by `python bench/retention.py --data DATA --seeds {seeds} --items {items} --task-items {asked}`.
+SmolLM2-135M-Instruct learns {families} families of `reasoning_gym` ({rows} short rows, one epoch, batch 8). Learned is
+measured on {asked} new rows; kept: the core suite, {kept}; at most {items} items a probe.
+Measured on {machine}.
 
 ![Learned against kept](retention.svg)
 
