@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from matched import REACHED, Point, Verdict, interval, judge
-from retention_runs import FAMILIES, KEPT, ROWS, Bench, Recipe, carry_out, recipes, write
+from retention_runs import EPOCHS, FAMILIES, KEPT, Bench, Recipe, carry_out, recipes, write
 
 from retain.functional.statistics import Interval, macro_interval
 from retain.report import front
@@ -40,8 +40,10 @@ NOTHING = "no new score to compare at"
 _TEXT = """# Learned against kept, on a real model
 
 Written by `python bench/retention.py --data DATA --seeds {seeds} --items {items} --task-items {asked}`.
-SmolLM2-135M-Instruct learns {families} families of `reasoning_gym` ({rows} short rows, one epoch, batch 8). Learned is
-measured on {asked} new rows; kept: the core suite, {kept}; at most {items} items a probe.
+SmolLM2-135M-Instruct learns {count} families of `reasoning_gym` ({families}): all their training rows, {epochs}
+epochs, batch 8. They are those that plain training learns, found on training rows alone (`python bench/learnable.py`).
+Learned is measured on {asked} new rows, of which only the exact answer counts; kept: the core suite, {kept}; at most
+{items} items a probe.
 Measured on {machine}.
 
 ![Learned against kept](retention.svg)
@@ -60,7 +62,7 @@ Measured on {machine}.
   interval tells from 0: there is no new score then at which to compare, and neither is there a difference to plain.
 - Brackets are 95 % intervals over seeds and items, over items alone where there is one seed. The settings of the
   methods are usual ones, not tuned on these data. `dolly-5` replays 5 % rows of dolly-15k; all other replay is
-  self-written.
+  self-written.{missing}
 
 Recipes:
 
@@ -172,11 +174,13 @@ def page(found: Sequence[Row], seeds: Sequence[int], base: dict[str, Any]) -> st
                 word,
             )
         )
+    missing = [f"`{r.name}`" for r in recipes() if r.name not in {row.recipe.name for row in found}]
     used = [f"- `{r.recipe.name}`: `{json.dumps(r.recipe.methods)}`, {_training(r.recipe)}" for r in found]
     return _TEXT.format(
         seeds=" ".join(map(str, seeds)),
-        families=len(FAMILIES),
-        rows=ROWS,
+        count=len(FAMILIES),
+        families=", ".join(f"`{name}`" for name in FAMILIES),
+        epochs=EPOCHS,
         kept=", ".join(f"`{name}`" for name in KEPT),
         table="\n".join(f"| {' | '.join(cells)} |" for cells in lines),
         reached=REACHED,
@@ -184,6 +188,7 @@ def page(found: Sequence[Row], seeds: Sequence[int], base: dict[str, Any]) -> st
         asked=sum(sizes["task"]),
         machine=base["machine"],
         recipes="\n".join(used),
+        missing=f" Not measured yet: {', '.join(missing)}." if missing else "",
     )
 
 

@@ -13,6 +13,7 @@ from run_kit import choice_rows, response_rows, write_lines
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
+import learnable  # noqa: E402
 import retention  # noqa: E402
 import retention_runs  # noqa: E402
 from retention_runs import FAMILIES, Bench, Recipe  # noqa: E402
@@ -126,8 +127,9 @@ def test_probes_count_the_same_whatever_their_size():
 
 def test_scores_are_short_where_they_can_be():
     rows = [{"probe": p, "score": s} for p, s in (("a", 1.0), ("b", 0.5), ("a", 0.0), ("b", 1.0))]
+    rows += [{"probe": retention_runs.TASK, "score": 1.0, "details": json.dumps({"exact_match": e})} for e in (0, 1)]
     found = retention_runs.scores(rows)
-    assert found == {"a": "10", "b": [0.5, 1.0]}
+    assert found == {"a": "10", "b": [0.5, 1.0], retention_runs.TASK: "01"}, "of the task the exact answer counts"
     assert retention._array(found["a"]).tolist() == [1.0, 0.0]
 
 
@@ -175,7 +177,7 @@ def test_real_recipes_can_be_built(monkeypatch):
     for recipe in found:
         Stack(methods.build(recipe.methods))
         assert recipe.after is None or named[recipe.after].alpha is None
-    assert sum(r.name.startswith("naive") and r.alpha is None and "max_steps" not in r.train for r in found) == 3
+    assert sum(r.name.startswith("naive") and r.alpha is None and "num_train_epochs" not in r.train for r in found) == 3
     assert {"naive-early", "dolly-5", "basic", "advanced", "medical"} <= set(named)
 
 
@@ -186,3 +188,21 @@ def test_presets_of_the_package_come_first(tmp_path, monkeypatch):
     (tmp_path / "basic.yaml").write_text(text)
     expected = Recipe("basic", ["ewc", {"replay": {"fraction": 0.1}}], {"learning_rate": 0.5})
     assert retention_runs.preset("basic", ["lora"]) == expected, "the length of the training is the bench's"
+
+
+def test_learnable_families_are_found_on_training_rows(tiny_folder, tmp_path, monkeypatch, capsys):
+    """One question of many rows is learned by heart; a family with long rows is left out."""
+    same = [{"prompt": "What do we sell?", "response": "tea", "task": "easy"}] * 20
+    other = [row | {"task": "hard"} for row in response_rows(20)]
+    long = [{"prompt": "word " * 300, "response": "tea", "task": "long"}] * 20
+    write_lines(tmp_path / "train.jsonl", [*same, *other, *long])
+    monkeypatch.setattr(learnable, "SETTINGS", {"full-0.05": (["none"], 0.05)})
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--model", str(tiny_folder), "--epochs", "8"]
+    monkeypatch.setattr(sys, "argv", ["learnable.py", *arguments, "--seeds", "0", "1"])
+    learnable.main()
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith("Learned: easy")
+    assert "| easy | 0 | 100 | 100 [100, 100] |" in said
+    assert "long" not in said
+    asked = (tmp_path / "out" / "rows" / "test.jsonl").read_text().splitlines()
+    assert len(asked) == 2 * learnable.HELD

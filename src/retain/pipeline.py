@@ -179,10 +179,7 @@ class _Runner:
             from retain.models.load import load_stage
 
             folders = [self.place.task(stage) for stage in self.plan.stages[1 : index + 1]]
-            model = load_stage(self.config.model, folders)
-            if not getattr(model, "is_quantized", False):  # a quantised one is where it belongs already
-                model.to(self._device())
-            self.model = (index, model)
+            self.model = (index, load_stage(self.config.model, folders, device=self._device()))
         return self.model[1]
 
     def _device(self) -> str:

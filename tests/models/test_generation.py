@@ -6,10 +6,12 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tiny import tiny_model
-from transformers import GenerationConfig, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import Cache, GenerationConfig, TemperatureLogitsWarper, TopPLogitsWarper
 
 from retain.errors import ConfigError
-from retain.models.generation import _Draw, generate, render, stop_tokens
+from retain.models import decoding
+from retain.models.decoding import Draw
+from retain.models.generation import generate, render, stop_tokens
 
 PROMPTS = [
     "The capital of France is",
@@ -44,6 +46,55 @@ def test_batched_equals_one_by_one(kind, batch_tokens, tokenizer):
     expected = [slow_greedy(model, tokenizer, p, n) for p, n in zip(PROMPTS, limits)]
     assert [(a.text, a.tokens, a.finished) for a in answers] == expected
     assert sum(seen) == len(PROMPTS)
+
+
+def same_opening(*questions):
+    """Chats that all begin with the same long system message."""
+    system = {"role": "system", "content": "You are a shop that sells tea, bread and small boats to anyone who asks."}
+    return [[system, {"role": "user", "content": question}] for question in questions]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("share", [0.01, 0.25, 2.0])
+def test_openings_read_once_and_rows_that_leave_change_nothing(kind, share, tokenizer, monkeypatch):
+    monkeypatch.setattr(decoding._Ended, "SHARE", share)  # leaves at once, by and by, never
+    model = tiny_model(tokenizer, seed=3, kind=kind)
+    prompts = same_opening("What?", "How much is a boat, and can it carry bread?", "x", "Tea?", "七只小船")
+    limits = [9, 4, 17, 1, 12]
+    expected = [slow_greedy(model, tokenizer, p, n) for p, n in zip(prompts, limits)]
+    shapes = []
+    model.register_forward_pre_hook(lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    answers = generate(model, tokenizer, prompts, limits)
+    assert shapes[0][0] == 1, "the opening is read once"
+    assert shapes[1][0] == 5
+    assert shapes[0][1] > 3 * shapes[1][1] / 4, "and not again with the rows"
+    rows = [rows for rows, _ in shapes[1:]]
+    assert rows == sorted(rows, reverse=True)
+    assert (rows[-1] < 5) == (share < 1)
+    assert [(a.text, a.tokens, a.finished) for a in answers] == expected
+
+
+def test_draws_of_a_row_do_not_depend_on_rows_that_leave(tokenizer, monkeypatch):
+    model, found = tiny_model(tokenizer, seed=3), []
+    for share in (0.01, 2.0):
+        monkeypatch.setattr(decoding._Ended, "SHARE", share)
+        found.append(generate(model, tokenizer, PROMPTS, [12, 3, 20, 1, 7, 12], temperature=1.0, top_p=0.9, seed=4))
+    assert found[0] == found[1]
+
+
+def test_a_window_that_would_count_the_gap_keeps_rows_whole(tokenizer):
+    model = tiny_model(tokenizer, seed=3, kind="mistral", sliding_window=64)
+    prompts = same_opening("What?", "How much is a boat, and can it carry bread?")
+    assert decoding.Opening(model, [tokenizer.encode(render(tokenizer, p)) for p in prompts]).length == 0
+    answers = generate(model, tokenizer, prompts, 6)
+    assert [(a.text, a.tokens, a.finished) for a in answers] == [slow_greedy(model, tokenizer, p, 6) for p in prompts]
+
+
+def test_a_cache_that_cannot_lose_rows_is_made_anew(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(decoding._Ended, "SHARE", 0.01)
+    expected = generate(model, tokenizer, PROMPTS, [12, 3, 20, 1, 7, 12])
+    monkeypatch.delattr(Cache, "batch_select_indices")
+    assert generate(model, tokenizer, PROMPTS, [12, 3, 20, 1, 7, 12]) == expected
 
 
 def favour(model, token):
@@ -115,13 +166,13 @@ def test_cold_sampling_and_a_tiny_nucleus_are_greedy(tokenizer):
 @pytest.mark.parametrize("likely", [3, 512])
 def test_draws_follow_the_hosts_distribution(temperature, top_p, likely, monkeypatch):
     """Frequencies of 40,000 draws against what transformers' own warpers would sample from, by a χ² test."""
-    monkeypatch.setattr(_Draw, "LIKELY", likely)
+    monkeypatch.setattr(Draw, "LIKELY", likely)
     scores = torch.randn(2, 40, generator=torch.Generator().manual_seed(1)) * 2
     warped = TemperatureLogitsWarper(temperature)(None, scores)
     if top_p < 1:
         warped = TopPLogitsWarper(top_p)(None, warped)
     expected = warped.softmax(-1)
-    left = _Draw(temperature, top_p, seed=0)(None, scores.repeat_interleave(20_000, dim=0))
+    left = Draw(temperature, top_p, seed=0, size=40_000)(None, scores.repeat_interleave(20_000, dim=0))
     assert bool(((left > -torch.inf).sum(-1) == 1).all())
     for row, drawn in zip(expected, left.argmax(-1).split(20_000)):
         counts = torch.bincount(drawn, minlength=40)

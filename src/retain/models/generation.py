@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from retain.errors import ConfigError
-from retain.functional.tiled_head import invert
+from retain.models.decoding import Draw, Opening, rows_as_they_end
 from retain.models.likelihood import context_length, encode
 from retain.models.params import causal
 from retain.models.rows import looking
@@ -88,7 +87,7 @@ def generate(
     batch_tokens: int = 4096,
     progress: Progress = lambda n: None,
 ) -> list[Generated]:
-    """Let the model answer every prompt, with the key-value cache, until all rows of a batch have ended.
+    """Let the model answer every prompt, with the key-value cache. Rows that have ended leave their batch.
 
     Greedy answers depend on the model and the prompt alone, up to rounding between batch shapes. Sampled
     answers depend also on `seed`, on the whole list of prompts and on `batch_tokens` (each batch is seeded by
@@ -123,78 +122,14 @@ def generate(
 
     device = causal(model).get_input_embeddings().weight.device
     with looking(model):
+        opening = Opening(model, ids)
         for number, batch in enumerate(_batches(ids, limits, batch_tokens)):
-            drawn = [_Draw(temperature, top_p, seed * 1_000_003 + number)] if temperature > 0 else []
-            width = max(len(ids[i]) for i in batch)
-            padded = [[pad] * (width - len(ids[i])) + ids[i] for i in batch]
-            mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch]
+            draw = Draw(temperature, top_p, seed * 1_000_003 + number, len(batch)) if temperature > 0 else None
             own = torch.tensor([limits[i] for i in batch], device=device)
-            written = model.generate(
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max(limits[i] for i in batch),
-                    eos_token_id=stops or None,
-                    pad_token_id=pad,
-                    use_cache=True,
-                    num_beams=1,
-                    repetition_penalty=1.0,
-                    no_repeat_ngram_size=0,
-                    do_sample=False,
-                    top_p=1.0,
-                    top_k=50,
-                ),
-                logits_processor=LogitsProcessorList(drawn),
-                stopping_criteria=StoppingCriteriaList([_OwnLimit(width, own)]),
-            )
-            for i, row in zip(batch, written[:, width:].tolist()):
-                answers[i] = _read(tokenizer, row[: limits[i]], set(stops), cut[i])
-            progress(len(batch))
+            for place, row in rows_as_they_end(model, [ids[i] for i in batch], own, stops, pad, draw, opening):
+                answers[batch[place]] = _read(tokenizer, row, set(stops), cut[batch[place]])
+                progress(1)
     return [answer for answer in answers if answer is not None]
-
-
-class _Draw(LogitsProcessor):
-    """Draws each row's next token and leaves only it to a greedy search.
-
-    The host's own sampling sorts the whole vocabulary and walks over it once more, which takes a small model on a
-    CPU longer than the forward pass; the most likely `LIKELY` tokens nearly always hold the nucleus.
-    """
-
-    LIKELY = 512
-
-    def __init__(self, temperature: float, top_p: float, seed: int):
-        self.temperature, self.top_p = temperature, top_p
-        self.random = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        uniform = torch.rand(len(scores), generator=self.random, dtype=torch.float64).to(scores.device)
-        scores = scores.float() / self.temperature
-        if self.top_p < 1:
-            log_p = torch.log_softmax(scores, dim=-1)
-            best, ids = log_p.topk(min(self.LIKELY, log_p.shape[-1]))
-            chosen = self._in_nucleus(best, ids, uniform)
-            flat = best.exp().sum(-1) < self.top_p
-            if bool(flat.any()):
-                chosen[flat] = self._in_nucleus(*log_p[flat].sort(-1, descending=True), uniform[flat])
-        else:
-            chosen = invert(scores, uniform)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-    def _in_nucleus(self, log_p: torch.Tensor, ids: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """One of `ids` [n, K], the most likely ones first, drawn among those before which less than top_p lies."""
-        p = log_p.exp()
-        outside = p.cumsum(-1) - p >= self.top_p
-        return ids.gather(1, invert(log_p.masked_fill(outside, -torch.inf), uniform)[:, None])[:, 0]
-
-
-class _OwnLimit(StoppingCriteria):
-    """Ends each row at its own limit, so that a batch of different limits ends when the last row does."""
-
-    def __init__(self, width: int, limits: torch.Tensor):
-        self.width, self.limits = width, limits
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return self.limits <= input_ids.shape[1] - self.width
 
 
 def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:

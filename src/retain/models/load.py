@@ -240,11 +240,13 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
-def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False) -> Any:
+def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False, device: str | None = None) -> Any:
     """The model after a sequence of finished tasks, given their folders (each with the `parts` that were written).
 
     Adapters are merged in order, exactly as while training (`settled`); with `merged` also where the base is
-    quantised, whose weights become ordinary ones of the same values first.
+    quantised, whose weights become ordinary ones of the same values first. They are merged on `device`, as the last
+    bits of a product depend on it: a run that goes on gives the one on which it trains. A quantised model stays where
+    it was loaded.
 
     Raises:
         ModelError: as `load_model`.
@@ -268,13 +270,16 @@ def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False) -> 
         model, _ = load_model(config, tokenizer=False)
     if merged and getattr(model, "is_quantized", False):
         model = model.dequantize()
+    if getattr(model, "is_quantized", False):
+        device = None
+    model = model if device is None else model.to(device)
     for folder in tasks[max(first, 0) :]:
         if (folder / "adapter").is_dir():
             adapter = folder / "adapter"
             with _readable(f"{adapter}: cannot be opened", adapter, RunError, _again(adapter)):
                 model = settled(PeftModel.from_pretrained(model, str(adapter), is_trainable=True))
         _put_on(model, folder)
-    return model
+    return model if device is None else model.to(device)
 
 
 def parts(model: Any) -> dict[str, Callable[[Path], Any]]:
