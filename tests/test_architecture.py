@@ -32,7 +32,7 @@ LAYERS = [
     {"pipeline"},
     {"estimate"},
     {"experts", "advice"},
-    {"comparison"},
+    {"comparison", "measuring"},
     {"demo"},
     {"cli"},
 ]

@@ -168,3 +168,61 @@ def test_help_shows_the_form_as_it_is_typed(monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     retain(monkeypatch, "compare", "--help")
     assert "--methods 'naive=[lora]' --methods 'replay=[lora, replay: {fraction: 0.3}]'" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def asked(compared, shop, tmp_path_factory) -> tuple[Path, list]:
+    """(folder, models) of a comparison of any models: a base, and two runs from it."""
+    folder = tmp_path_factory.mktemp("models") / "asked"
+    base = load_results(compared[1] / "naive").model
+    models = [base, compared[1] / "naive", compared[1] / "replay"]
+    with pytest.MonkeyPatch.context() as patch:
+        retain(patch, "compare", *models, "--probes", shop / "probes.jsonl", "--output", folder)
+    return folder, models
+
+
+def test_any_models_are_asked_the_same(asked, compared):
+    folder, _ = asked
+    first = load_results(folder / "naive")
+    of_run = load_results(compared[1] / "naive")
+    probes = {info.name for info in first.probes}
+    assert first.stages[1] == "01-naive"
+    assert probes < {info.name for info in of_run.probes}
+    # the run asked the same questions of the same weights, before and after
+    ours = {c.probe: (c.before, c.after, c.lost, c.gained) for c in first.changes}
+    assert ours == {c.probe: (c.before, c.after, c.lost, c.gained) for c in of_run.changes if c.probe in probes}
+    assert all(c.forgetting_raw is not None for c in first.changes if c.probe == "animals")
+    page = (folder / "naive" / "report.html").read_text()
+    assert "replay" in page, "the others stand beside it"
+    assert (folder / "replay" / "report.md").is_file()
+
+
+def test_models_are_not_asked_twice_unless_their_weights_changed(asked, shop, monkeypatch, capsys, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder, models = asked
+    words = ("compare", *models, "--probes", shop / "probes.jsonl", "--output", folder)
+    retain(monkeypatch, *words)
+    assert capsys.readouterr().out.count("answers from before") == 3
+    other = tmp_path / "naive"
+    shutil.copytree(models[0], tmp_path / "base")
+    retain(monkeypatch, "compare", tmp_path / "base", models[1], "-p", shop / "probes.jsonl", "--output", other)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    retain(monkeypatch, "compare", tmp_path / "base", models[1], "-p", shop / "probes.jsonl", "--output", other)
+    assert capsys.readouterr().out.count("answers from before") == 1
+
+
+def test_models_and_runs_take_their_own_options(asked, compared, shop, monkeypatch, capsys, tmp_path):
+    _, models = asked
+    line = refused(monkeypatch, capsys, "compare", models[0], "-p", shop / "probes.jsonl", "--output", tmp_path)
+    assert "Give at least two" in line
+    line = refused(monkeypatch, capsys, "compare", compared[0], "--methods", NAIVE, "--probes", "core")
+    assert line.startswith("retain: --probes: for models alone")
+    line = refused(monkeypatch, capsys, "compare", models[0], tmp_path / "nowhere", "--output", tmp_path)
+    assert "nowhere" in line
+    line = refused(monkeypatch, capsys, "compare", *models, "--set", "seed=1", "-p", "core")
+    assert line.startswith("retain: --set: models are asked as they are")

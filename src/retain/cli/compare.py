@@ -1,4 +1,4 @@
-"""`retain compare`: sets of methods on the same tasks, or finished runs, side by side: what was learned and kept."""
+"""`retain compare`: sets of methods on the same tasks, finished runs, or any models, side by side."""
 
 from __future__ import annotations
 
@@ -14,23 +14,33 @@ if TYPE_CHECKING:
 def command(
     runs: Annotated[
         list[str],
-        typer.Argument(help="A YAML file, with --methods; or directories of finished runs.", metavar="RUNS..."),
+        typer.Argument(
+            help="A YAML file, with --methods; or directories of finished runs; or models: starter, folders, runs, hub "
+            "ids.",
+            metavar="RUNS...",
+        ),
     ],
     methods: Annotated[
         list[str], typer.Option("--methods", help="A set to run, NAME=METHODS; METHODS as in the YAML file.")
     ] = [],  # noqa: B006
+    probes: Annotated[
+        list[str], typer.Option("--probes", "-p", help="Ask all models these: a suite, a file or a folder; core else.")
+    ] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(help="At most this many items per probe, for models.")] = None,
     output: Annotated[
         str | None, typer.Option("--output", help="Folder of the comparison; runs/<name>-compare by default.")
     ] = None,
     set_: Annotated[list[str], typer.Option("--set", "-o", help="Override a setting of the YAML file.")] = [],  # noqa: B006
 ) -> None:
-    """Run sets of methods on the same tasks, or take finished runs, and draw learned against kept.
+    """Run sets of methods on the same tasks, take finished runs, or ask models the same, and say what was kept.
 
-    The first set, or run, is the reference. Run the same command again to go on after a stop.
+    The first set, run or model is the reference. Run the same command again to go on after a stop.
 
         retain compare run.yaml --methods 'naive=\\[lora]' --methods 'replay=\\[lora, replay: {fraction: 0.3}]'
 
         retain compare runs/one runs/two
+
+        retain compare starter ./adapter ./other --probes core --limit 40
     """
     from pathlib import Path
 
@@ -38,7 +48,16 @@ def command(
     from retain.errors import ConfigError
 
     out = console()
-    if methods or any(Path(run).is_file() for run in runs):
+    of_runs = methods or any(Path(run).is_file() for run in runs)
+    if not of_runs and (probes or not all((Path(run) / "results.json").is_file() for run in runs)):
+        if set_:
+            raise ConfigError("--set: models are asked as they are. Give a YAML file with --methods.")
+        _models(runs, probes or ["core"], Path(output or "runs/compare"), limit, out)
+        return
+    for name, value in (("--probes", probes), ("--limit", limit)):
+        if value:
+            raise ConfigError(f"{name}: for models alone; a run brings its own. Set `probes:` in the YAML file.")
+    if of_runs:
         if len(runs) > 1:
             raise ConfigError(f"compare: {', '.join(runs)} given. Give one YAML file with --methods, or directories.")
         folder, places = _run(runs[0], methods, output, set_, out)
@@ -57,6 +76,37 @@ def command(
     out.print(terminal.standings([(s.label, s.results, s.numbers) for s in found]))
     out.print(compare.explained(found), style="dim", highlight=False, markup=False)
     out.print(f"Picture and table: {compare.write(found, folder)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _models(names: list[str], sources: list[str], folder: Path, limit: int | None, out: Any) -> None:
+    """Ask models the same probes and print what the others lost of the first."""
+    from collections.abc import Iterator
+    from contextlib import contextmanager
+
+    from retain.cli.common import quiet_libraries
+    from retain.measuring import compare_models
+    from retain.report import terminal
+    from retain.results import load_results
+    from retain.training.watch import bar
+
+    quiet_libraries()
+
+    @contextmanager
+    def watched(name: str, items: int) -> Iterator[Any]:
+        with bar(transient=True, console=out) as progress:
+            job = progress.add_task(f"probing {name}", total=items, note="")
+            yield lambda n: progress.update(job, advance=n)
+
+    def say(line: str) -> None:
+        out.print(line, style="dim", highlight=False, markup=False)
+
+    places = compare_models(names, sources, folder, limit, say, watched)
+    found = [load_results(place) for place in places]
+    for results in found:
+        out.print(terminal.summary(results))
+    if len(found) > 1:
+        out.print(terminal.compare(found[0], found[1], *found[2:]))
+    out.print(f"Report: {places[0] / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _run(path: str, methods: list[str], output: str | None, overrides: list[str], out: Any) -> tuple[Path, list[Path]]:

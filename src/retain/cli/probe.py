@@ -21,32 +21,20 @@ def command(
     from retain.cli.common import console, quiet_libraries
 
     quiet_libraries()
-    import torch
     from rich.table import Table
 
     from retain import analysis
-    from retain.inputs import probe_info, require_items
-    from retain.models.load import load_model
-    from retain.models.params import computes_bf16
-    from retain.pipeline import load_run
-    from retain.probes.asking import ask
-    from retain.probes.base import Subject
-    from retain.probes.suite import load_probes
+    from retain.inputs import probe_info
+    from retain.measuring import answers, open_model, open_probes
     from retain.results import save_items
     from retain.training.watch import bar
 
-    chosen = []
-    for source in probes:
-        for probe in load_probes(source, limit):
-            require_items(probe, source, {"--limit": limit})
-            chosen.append(probe)
-    network, tokenizer = load_run(model) if (Path(model) / "run.yaml").is_file() else load_model(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network.to(device)
+    chosen = open_probes(probes, limit)
+    network, tokenizer = open_model(model)
     out = console()
-    with bar(transient=True, console=out) as progress, torch.autocast(device, torch.bfloat16, computes_bf16(device)):
+    with bar(transient=True, console=out) as progress:
         job = progress.add_task(f"probing {model}", total=sum(len(p.items) for p in chosen), note="")
-        rows = ask(chosen, Subject(network, tokenizer), lambda n: progress.update(job, advance=n))
+        rows = answers(network, tokenizer, chosen, lambda n: progress.update(job, advance=n))
     if items:
         save_items(rows, Path(items))
     table = Table("probe", "group", "metric", "items", "score", "95 %", "chance", title=f"{model}")

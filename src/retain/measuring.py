@@ -1,0 +1,202 @@
+"""Any models under the same probes, without training: a run's, a folder's, an adapter's, the hub's.
+
+The first model is what the others are set against: for each other one a directory like that of a run is written, with
+the answers of both and their `results.json`, so that reports, comparisons and gates read it as they read a run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from retain import analysis
+from retain.errors import ConfigError, DataError
+from retain.inputs import probe_info, require_items
+from retain.results import (
+    ProbeInfo,
+    Results,
+    Thresholds,
+    load_items,
+    save_items,
+    save_results,
+    write_text,
+)
+from retain.results import (
+    Sequence as Numbers,
+)
+from retain.rundir import stage_name
+
+Say = Callable[[str], None]
+Progress = Callable[[int], None]
+
+
+def open_model(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of `starter`, a folder with a model or an adapter, a run after its last task, or a hub id.
+
+    Raises:
+        ModelError, RunError: it cannot be opened.
+    """
+    from retain.models.load import load_model
+    from retain.pipeline import load_run
+
+    return load_run(name) if (Path(name) / "run.yaml").is_file() else load_model(name)
+
+
+def open_probes(sources: Sequence[str], limit: int | None = None) -> list[Any]:
+    """The probes of all sources, each with enough items for an interval.
+
+    Raises:
+        DataError: a source that cannot be read, a probe with too few items, or two probes with one name.
+    """
+    from retain.probes.suite import load_probes
+
+    found: list[Any] = []
+    for source in sources:
+        for probe in load_probes(source, limit):
+            require_items(probe, source, {"--limit": limit})
+            if any(probe.name == other.name for other in found):
+                raise DataError(f"--probes: two probes are called '{probe.name}'. Give each its own name.")
+            found.append(probe)
+    return found
+
+
+def answers(model: Any, tokenizer: Any, probes: Sequence[Any], progress: Progress = lambda n: None) -> list[Any]:
+    """Item rows of a model, asked where there is an accelerator, in bfloat16 where it computes that."""
+    import torch
+
+    from retain.models.params import computes_bf16
+    from retain.probes.asking import ask
+    from retain.probes.base import Subject
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not getattr(model, "is_quantized", False):
+        model.to(device)
+    with torch.autocast(device, torch.bfloat16, computes_bf16(device)):
+        return ask(probes, Subject(model, tokenizer), progress)
+
+
+def compare_models(
+    names: Sequence[str],
+    sources: Sequence[str],
+    folder: Path,
+    limit: int | None = None,
+    say: Say = print,
+    watched: Callable[[str, int], AbstractContextManager[Progress]] | None = None,
+) -> list[Path]:
+    """Ask every model the same probes and set all against the first, item by item.
+
+    Args:
+        names: two or more models as `open_model` takes them; the first is the one before.
+        sources: of probes, as `load_probes` takes them.
+        folder: for one directory per other model. Answers are kept there, and a model with the same weights is not
+            asked twice.
+        limit: at most this many items per probe.
+        watched: (model, items) → context of a progress bar.
+
+    Returns:
+        The directories, in the order of the models, each with `results.json` and a report that shows all.
+
+    Raises:
+        ConfigError: fewer than two models.
+        RetainError: as `open_model` and `open_probes`.
+    """
+    from retain.report.page import write_report
+
+    if len(names) < 2:
+        raise ConfigError(f"compare: {len(names)} model given. Give at least two; the first is the one before.")
+    probes = open_probes(sources, limit)
+    infos = [probe_info(probe, "reference", None) for probe in probes]
+    labels, tables = _labels(names), []
+    for label, name in zip(labels, names):
+        path = folder / "answers" / f"{label}.parquet"
+        tables.append(_asked(name, probes, path, say, watched))
+    command = shlex.join(["retain", "compare", *names, *(w for s in sources for w in ("--probes", s))])
+    places = []
+    for label, table in zip(labels[1:], tables[1:]):
+        place = folder / label
+        stages = [stage_name(0, labels[0]), stage_name(1, label)]
+        for stage, rows in zip(stages, (tables[0], table)):
+            save_items(rows, place / "probes" / f"{stage}.parquet")
+        save_results(_results(label, names[0], stages, infos, (tables[0], table), command), place)
+        places.append(place)
+    for place in places:
+        write_report(place, [other for other in places if other != place])
+    return places
+
+
+def _asked(name: str, probes: Sequence[Any], path: Path, say: Say, watched: Any) -> list[Any]:
+    """Answers of a model: those that are kept in `path` where weights, chat template and items are the same."""
+    from retain.models.own_rows import fingerprint
+
+    model, tokenizer = open_model(name)
+    items = [(probe.name, item.id) for probe in probes for item in probe.items]
+    template = getattr(tokenizer, "chat_template", None) or ""
+    asked = json.dumps([sorted(probe.options.items()) for probe in probes], default=str)
+    stamp = hashlib.blake2b(f"{fingerprint(model)} {template} {asked}".encode(), digest_size=16).hexdigest()
+    about = path.with_suffix(".json")
+    if path.is_file() and about.is_file() and json.loads(about.read_text()) == stamp:
+        rows = load_items(path)
+        if [(row["probe"], row["item"]) for row in rows] == items:
+            say(f"{name}: answers from before, {path}.")
+            return rows
+    if watched is None:
+        rows = answers(model, tokenizer, probes)
+    else:
+        with watched(name, len(items)) as progress:
+            rows = answers(model, tokenizer, probes, progress)
+    about.unlink(missing_ok=True)
+    save_items(rows, path)
+    write_text(about, json.dumps(stamp) + "\n")  # last: it says that the answers are whole
+    return rows
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """A short name for each model that can be a folder's."""
+    found: list[str] = []
+    for name in names:
+        own = Path(name).resolve().name if Path(name).is_dir() else name
+        short = re.sub(r"[^\w.-]+", "-", own).strip("-.") or "model"
+        label, number = short, 2
+        while label.casefold() in {"answers", *map(str.casefold, found)}:
+            label, number = f"{short}-{number}", number + 1
+        found.append(label)
+    return found
+
+
+def _results(
+    label: str, first: str, stages: list[str], infos: list[ProbeInfo], tables: tuple[Any, Any], command: str
+) -> Results:
+    thresholds = Thresholds()
+    margins = thresholds.model_dump(include={"margin", "margin_nats"})
+    changes = analysis.changes(*tables, infos, **margins)
+    scores = {
+        stage: {info.name: analysis.score([r for r in rows if r["probe"] == info.name], info) for info in infos}
+        for stage, rows in zip(stages, tables)
+    }
+    return Results(
+        name=label,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=first,
+        seed=0,
+        command=command,
+        old="nothing was trained here",
+        methods={},
+        tasks=[],
+        stages=stages,
+        probes=infos,
+        scores=scores,
+        matrix=[],
+        sequence=Numbers(**dict.fromkeys(Numbers.model_fields)),
+        group_deltas=analysis.group_deltas(dict(zip(stages, tables)), infos),
+        changes=changes,
+        verdict=analysis.verdict(changes, infos, *tables, **thresholds.model_dump(exclude={*margins})),
+        training=[],
+        thresholds=thresholds,
+    )
