@@ -18,35 +18,19 @@ def command(
     """Ask a model the probes and print its scores with 95 % intervals."""
     from pathlib import Path
 
-    from retain.cli.common import console, quiet_libraries
+    from retain.cli.common import answers, chosen_probes, console, quiet_libraries
 
     quiet_libraries()
-    import torch
     from rich.table import Table
 
     from retain import analysis
-    from retain.inputs import probe_info, require_items
-    from retain.models.load import load_model
-    from retain.models.params import computes_bf16
-    from retain.pipeline import load_run
-    from retain.probes.asking import ask
-    from retain.probes.base import Subject
-    from retain.probes.suite import load_probes
+    from retain.inputs import probe_info
+    from retain.report.retention import EVERY, pooled
     from retain.results import save_items
-    from retain.training.watch import bar
 
-    chosen = []
-    for source in probes:
-        for probe in load_probes(source, limit):
-            require_items(probe, source, {"--limit": limit})
-            chosen.append(probe)
-    network, tokenizer = load_run(model) if (Path(model) / "run.yaml").is_file() else load_model(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network.to(device)
     out = console()
-    with bar(transient=True, console=out) as progress, torch.autocast(device, torch.bfloat16, computes_bf16(device)):
-        job = progress.add_task(f"probing {model}", total=sum(len(p.items) for p in chosen), note="")
-        rows = ask(chosen, Subject(network, tokenizer), lambda n: progress.update(job, advance=n))
+    chosen = chosen_probes(probes, limit, out)
+    rows = answers(model, chosen, out)
     if items:
         save_items(rows, Path(items))
     table = Table("probe", "group", "metric", "items", "score", "95 %", "chance", title=f"{model}")
@@ -58,6 +42,12 @@ def command(
             probe.name, probe.group, info.metric, str(info.items), f"{found.value:.3f}",
             f"{found.low:.3f} – {found.high:.3f}", chance,
         )  # fmt: skip
+    infos = [probe_info(probe, "reference", None) for probe in chosen]
+    if (every := pooled(infos, rows)) is not None:
+        found = analysis.score(every[1], every[0])
+        table.add_section()
+        spread = f"{found.low:.3f} – {found.high:.3f}"
+        table.add_row(EVERY, "", every[0].metric, str(every[0].items), f"{found.value:.3f}", spread, "")
     out.print(table)
     if items:
         out.print(f"Items: {items}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from retain.data.demonstrations import Ask, rotated
-from retain.data.filters import PROBE_ITEM, Avoided, NearDuplicates, loops, plain
+from retain.data.filters import PROBE_ITEM, Avoided, NearDuplicates, loops, plain, to_last_sentence
 from retain.data.matching import contains, words
 from retain.data.repair import pairs
 from retain.errors import ConfigError, DataError
@@ -135,7 +135,8 @@ def write_questions(
         before = len(kept)
         missing = {level: wanted - report.levels[level] for level, wanted in share.items()}
         levels = [level for level, count in missing.items() for _ in range(math.ceil(count / each))]
-        levels = (levels * batch)[: min(batch, most - report.replies)] if draw else _spread(levels, batch)
+        rate = max(len(kept) / (each * report.replies), 0.1) if report.replies else 1.0
+        levels = _spread(levels, min(batch, most - report.replies, math.ceil(len(levels) / rate)))
         requests = []
         for level in levels:
             about = next(pieces)[0] if pieces else next(aspects)[0]
@@ -170,9 +171,9 @@ def write_questions(
     return sorted(kept, key=lambda one: order.index(one.level)), report
 
 
-def _spread(levels: list[str], batch: int) -> list[str]:
-    """A first batch with requests of every level."""
-    return [levels[place * len(levels) // min(batch, len(levels))] for place in range(min(batch, len(levels)))]
+def _spread(levels: list[str], count: int) -> list[str]:
+    """So many requests, evenly over the levels of what is missing."""
+    return [levels[place * len(levels) // count] for place in range(count)]
 
 
 class _Sieve:
@@ -212,7 +213,14 @@ def _spelling(text: str) -> str:
 
 
 def _request(
-    domain: str, description: str, level: str, each: int, about: str, is_material: bool, shown: Sequence[str], chat: bool
+    domain: str,
+    description: str,
+    level: str,
+    each: int,
+    about: str,
+    is_material: bool,
+    shown: Sequence[str],
+    chat: bool,
 ) -> Any:
     """What the model is asked, as turns or as a text to go on with."""
     subject = f"{domain} ({description})" if description else domain
@@ -236,8 +244,6 @@ def _request(
 def cut(texts: Sequence[str], longest: int = 300) -> list[str]:
     """Material in pieces of at most so many words (characters, where words are not spaced), at ends of sentences if
     it can be."""
-    from retain.data.filters import to_last_sentence
-
     pieces = []
     for text in texts:
         left = text.strip()

@@ -1,8 +1,8 @@
 """Questions with their answers out of what a model wrote: JSON or lines, repaired where that is sure.
 
-What is repaired has one reading: code fences and talk around JSON, commas before a bracket, Python's quotes, typographic
-quotes as delimiters, a list that was cut off behind whole entries; in lines, numbers, markup and quotes around a text.
-What has none is dropped and its reason counted.
+What is repaired has one reading: code fences and talk around JSON, commas before a bracket, Python's quotes,
+typographic quotes as delimiters, a list that was cut off behind whole entries; in lines, numbers, markup and quotes
+around a text. What has none is dropped and its reason counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _MARKED = re.compile(
     re.IGNORECASE,
 )
 _ONE_LINE = re.compile(
-    rf"^{_MARKUP}{_NUMBER}{_MARKUP}(?P<q>[^?？]+[?？]){_MARKUP}(?:[-–—:→]+|\(?answer:){_MARKUP}(?P<a>.+)$", re.IGNORECASE
+    rf"^{_MARKUP}{_NUMBER}{_MARKUP}(?P<q>[^?？]+[?？]){_MARKUP}(?:[-–—:→]+|\(?answer:){_MARKUP}(?P<a>.+)$",
+    re.IGNORECASE,
 )
 _OPTION = re.compile(r"^\s*\(?[A-Ea-e][).]\s")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」", "`": "`"}
@@ -98,7 +99,7 @@ def _is_column(content: dict[str, Any]) -> bool:
 def _columns(content: dict[str, Any], found: Written) -> Iterator[tuple[str, str]]:
     """`{"questions": […], "answers": […]}`."""
     questions = content["questions"]
-    answers = next((content[key] for key in ("ground_truths", "answers") if isinstance(content.get(key), list)), [])
+    answers: list[Any] = next((content[key] for key in ("ground_truths", "answers") if isinstance(content.get(key), list)), [])
     if questions and all(isinstance(one, dict) for one in questions):
         for one in questions:
             yield from _entry(one, found)

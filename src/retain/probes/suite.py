@@ -208,7 +208,7 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     where = str(path)
     for number, row in enumerate(load_rows(where, "test"), start=1):
         place = f"{where}, row {number}"
-        row = {key: value for key, value in row.items() if value is not None and value != "" and value != []}
+        row = {key: value for key, value in row.items() if value not in (None, "", [], [""])}
         if row.get("choices") and "answer" in row:
             row["answer"] = choice_index(row["answer"], row["choices"], place)
         yield place, row
