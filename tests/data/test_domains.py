@@ -133,5 +133,34 @@ def test_the_set_in_a_list_is_named(tmp_path):
         load_probes(save(tmp_path / "all.json", [BIOLOGY, HISTORY | {"ground_truths": ["Ann"]}]))
 
 
+def test_sets_on_the_hub_are_read_from_their_test_split(monkeypatch):
+    from datasets import Dataset
+
+    from retain.data import sources
+
+    asked_for = []
+
+    def hub(name, split, streaming):
+        asked_for.append((name, split))
+        return Dataset.from_list([{"domain": "history", "question": "Who?", "answer": "Ann"}])
+
+    monkeypatch.setattr(sources, "_from_hub", hub)
+    assert asked(load_probes("someone/sets")) == {"history": [("Who?", ["Ann"])]}
+    assert asked_for == [("someone/sets", "test")]
+
+
+def test_a_run_asks_a_folder_of_sets(tmp_path):
+    """`probes.reference` takes it, and says what was left out."""
+    from retain.config import parse
+    from retain.inputs import load_probes as of_run
+
+    save(tmp_path / "h.json", HISTORY | {"questions": ["Who?", "Who?"], "ground_truths": ["Ann", "Ann"]})
+    config = parse({"model": "starter", "tasks": ["x"], "probes": {"reference": [str(tmp_path)]}})
+    said = []
+    _, infos, _ = of_run(config.model_copy(update={"tasks": []}), [], None, said.append)
+    assert [(i.name, i.role, i.kind, i.items) for i in infos] == [("history", "reference", "answer", 1)]
+    assert "1 repeated question left out" in said[0]
+
+
 def test_answers_may_be_missing_where_prompts_are_wanted():
     assert set_rows({"questions": ["Q?"]}, "x") == [{"prompt": "Q?"}]

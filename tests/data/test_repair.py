@@ -24,6 +24,7 @@ OTHER = '{"question": "Who was it?", "answer": "Ann"}'
         ('[{"question": "How many?", "answer": 3}]', [("How many?", "3")], {}, {}),
         (f"```json\n[{ENTRY}]\n```", ONE, {"code fence": 1}, {}),
         (f"```\n[{ENTRY}]", ONE, {"code fence": 1}, {}),
+        ("Q: What is it?\nA: a cell\n\n```\nprint(1)\n```", ONE, {"code fence": 1}, {}),
         (f"Sure!\n[{ENTRY}]", ONE, {"text around JSON": 1}, {}),
         (f"[{ENTRY}]\nIs that enough?", ONE, {"text around JSON": 1}, {}),
         (f"[{ENTRY}, {OTHER},]", TWO, {}, {}),

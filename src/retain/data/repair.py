@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _FENCE = re.compile(r"```[\w-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
+_JSON = re.compile(r"[\[{]\s*[\"'“\[{]")
 _ASKS = ("question", "q", "prompt")
 _TELLS = ("answer", "a", "response", "ground_truth", "correct_answer")
 _MARKUP = r"[\s*_#>]*"
@@ -45,10 +46,12 @@ def pairs(text: str) -> Written:
     """The questions and answers in a reply; a reply without any counts as one dropped."""
     found = Written([], Counter(), Counter())
     body = text.strip()
-    if "```" in body and (inside := [part for part in _FENCE.findall(body) if part.strip()]):
-        body = "\n".join(inside).strip()
+    if "```" in body:
+        inside = "\n".join(_FENCE.findall(body)).strip()
+        holds = _JSON.search(inside) or any(map(_MARKED.match, inside.splitlines()))
+        body = inside if holds else re.sub(r"```[\w-]*", "", body).strip()
         found.repaired["code fence"] += 1
-    looks_json = re.search(r"[\[{]\s*[\"'“\[{]", body)
+    looks_json = _JSON.search(body)
     raw = list(_json_pairs(body[looks_json.start() :], found)) if looks_json else []
     if looks_json and (raw or found.dropped):
         if body[: looks_json.start()].strip():
@@ -99,7 +102,9 @@ def _is_column(content: dict[str, Any]) -> bool:
 def _columns(content: dict[str, Any], found: Written) -> Iterator[tuple[str, str]]:
     """`{"questions": […], "answers": […]}`."""
     questions = content["questions"]
-    answers: list[Any] = next((content[key] for key in ("ground_truths", "answers") if isinstance(content.get(key), list)), [])
+    answers: list[Any] = next(
+        (content[key] for key in ("ground_truths", "answers") if isinstance(content.get(key), list)), []
+    )
     if questions and all(isinstance(one, dict) for one in questions):
         for one in questions:
             yield from _entry(one, found)

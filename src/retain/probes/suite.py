@@ -138,7 +138,8 @@ def _build(
         raise DataError(f"{source}: has no rows. Give a JSONL file with one probe item per line.")
     for label, counts in again.items():
         other = f", {counts[True]} of them with another answer" if counts[True] else ""
-        say(f"{source}: {label}: {counts.total()} repeated questions left out{other}.")
+        some = f"{counts.total()} repeated question{'s' * (counts.total() > 1)}"
+        say(f"{source}: {label}: {some} left out{other}.")
     return [
         cls(label, _sample(items, limit, seed), group, **options) for label, (cls, group, items, _) in probes.items()
     ]
