@@ -15,7 +15,10 @@ from retain.models import endpoint, generation
 from retain.models.generation import Generated
 
 REPLY = "Q: Which {a} is number {n}?\nA: thing {n}\n\n```\nnothing"
-WORDS = "river stone music garden winter paper engine ocean candle forest bridge copper velvet harbour lantern".split()
+WORDS = [
+    *("river", "stone", "music", "garden", "winter", "paper", "engine", "ocean"),
+    *("candle", "forest", "bridge", "copper", "velvet", "harbour", "lantern"),
+]
 SMALL = ["--number", "6", "--each", "1", "--max-tokens", "64", "--seed", "3"]
 
 

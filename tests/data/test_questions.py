@@ -9,7 +9,10 @@ import pytest
 from retain.data.questions import LEVELS, cut, write_questions
 from retain.errors import ConfigError, DataError
 
-WORDS = "river stone music garden winter paper engine ocean candle forest bridge copper velvet harbour lantern".split()
+WORDS = [
+    *("river", "stone", "music", "garden", "winter", "paper", "engine", "ocean"),
+    *("candle", "forest", "bridge", "copper", "velvet", "harbour", "lantern"),
+]
 
 
 def fresh(counter):
@@ -54,7 +57,8 @@ def test_levels_get_the_same_share_and_counts_add_up():
         ("Q: What colour is a red bus?\nA: red", "answer stands in the question"),
         ("Q: What is the capital of Mars today?\nA: one", "near a probe item"),
         ("Q: Who found it first?\nA: Ann\n\nQ: who found  it first?\nA: Bea", "repeated question"),
-        ("Q: Who was the very first one to find gold in it?\nA: Ann\n\nQ: Who was the very first to find gold in it?\nA: Bea", "near-duplicate"),
+        ("Q: Who was the very first one to find gold in it?\nA: x\n\n"
+         "Q: Who was the very first one to find gold in all it?\nA: y", "near-duplicate"),
         ("Q: Who was the first to find it?\nA: Ann\n\nQ: Who was first to find it there?\nA: Ann", "near-duplicate"),
         ("I would rather not.", "no question with an answer in the reply"),
     ],

@@ -45,6 +45,7 @@ OTHER = '{"question": "Who was it?", "answer": "Ann"}'
         ("**Question 1:** What is it?\n**Answer 1:** a cell", ONE, {}, {}),
         ("Question: What\nis it?\nAnswer: a\ncell\n\nThat was it.", ONE, {}, {}),
         ("Q: 1. What is it?\nA: a cell", ONE, {"number": 1}, {}),
+        ("Q: Question: What is it?\nA: The answer: a cell", ONE, {"mark written twice": 2}, {}),
         ('Q: "What is it?"\nA: “a cell”', ONE, {"quotes": 2}, {}),
         ("Q: What is it?\nA: **a cell**", ONE, {"markup": 1}, {}),
         ("1. What is it? - a cell\n2) Who was it? Answer: Ann", TWO, {"answer on the line of its question": 2}, {}),
@@ -60,6 +61,15 @@ OTHER = '{"question": "Who was it?", "answer": "Ann"}'
 def test_forms(text, found, repaired, dropped):
     written = pairs(text)
     assert (written.pairs, dict(written.repaired), dict(written.dropped)) == (found, repaired, dropped)
+
+
+def test_the_last_answer_of_a_reply_that_was_stopped_is_not_trusted():
+    text = "Q: What is it?\nA: a cell\n\nQ: Who was it?\nA: An"
+    assert pairs(text).pairs[1] == ("Who was it?", "An")
+    written = pairs(text, finished=False)
+    assert (written.pairs, dict(written.dropped)) == (ONE, {"cut-off answer": 1})
+    assert pairs("Q: What is it?\nA: a cell\n\nQ: Who", finished=False).pairs == ONE
+    assert pairs(f"[{ENTRY}, {OTHER}", finished=False).pairs == TWO, "a whole entry is whole"
 
 
 @pytest.mark.parametrize("answer", ["3.14", "1. FC Köln", "10:30", 'the "Titanic"', "2 * 3 * 4", "x_1", "C#"])

@@ -142,9 +142,9 @@ def write_questions(
             about = next(pieces)[0] if pieces else next(aspects)[0]
             shown = [kept[i].question for i in sorted(random.permutation(len(kept))[:6])]
             requests.append(_request(domain, description, level, each, about, bool(pieces), shown, chat))
-        for level, (text, _) in zip(levels, ask(requests, max_tokens, temperature, draw), strict=True):
+        for level, (text, finished) in zip(levels, ask(requests, max_tokens, temperature, draw), strict=True):
             report.replies += 1
-            written = pairs(text if chat else f"Q: {text}")
+            written = pairs(text if chat else f"Q: {text}", finished)
             report.repaired += written.repaired
             report.dropped += written.dropped
             report.tried += len(written.pairs) + written.dropped.total()

@@ -22,7 +22,8 @@ _MARKUP = r"[\s*_#>]*"
 _NUMBER = r"(?:\(?\d{1,3}[.):](?!\d)|[-•])"  # not of "3.5" or "10:30"
 _MARKED = re.compile(
     rf"^{_MARKUP}(?:{_NUMBER}{_MARKUP})?"
-    rf"(?:(?:(?P<asks>q(?:uestion)?)|answer)(?:\s*\d{{1,3}})?{_MARKUP}[:.)]|a(?:\s*\d{{1,3}})?{_MARKUP}:){_MARKUP}",
+    rf"(?:(?:the )?(?:(?P<asks>q(?:uestion)?)|answer)(?:\s*\d{{1,3}})?{_MARKUP}[:.)]|a(?:\s*\d{{1,3}})?{_MARKUP}:)"
+    rf"{_MARKUP}",
     re.IGNORECASE,
 )
 _ONE_LINE = re.compile(
@@ -42,8 +43,12 @@ class Written(NamedTuple):
     dropped: Counter[str]
 
 
-def pairs(text: str) -> Written:
-    """The questions and answers in a reply; a reply without any counts as one dropped."""
+def pairs(text: str, finished: bool = True) -> Written:
+    """The questions and answers in a reply; a reply without any counts as one dropped.
+
+    Args:
+        finished: whether the model ended by itself; else the last answer of lines may be cut off, and is dropped.
+    """
     found = Written([], Counter(), Counter())
     body = text.strip()
     if "```" in body:
@@ -58,6 +63,9 @@ def pairs(text: str) -> Written:
             found.repaired["text around JSON"] += 1
     else:
         raw = list(_line_pairs(body, found))
+        if raw and not finished and body.endswith(raw[-1][1].rpartition(" ")[2]):
+            raw.pop()
+            found.dropped["cut-off answer"] += 1
     for question, answer in raw:
         question, answer = _cleaned(question, found.repaired, True), _cleaned(answer, found.repaired, False)
         if question and answer:
@@ -215,15 +223,15 @@ def _line_pairs(body: str, found: Written) -> Iterator[tuple[str, str]]:
 
 
 def _cleaned(text: str, repaired: Counter[str], question: bool) -> str:
-    """A text without what stands around it: markup, and in front of a question its number."""
+    """A text without what stands around it: markup, a second `Question:` or `Answer:`, a question's number."""
     text = " ".join(text.split())
     for reason, pattern in (("markup", r"^[*_#]+(.*?)[*_]*$|^(.*?)[*_]+$"), ("number", rf"^{_NUMBER}\s+(.*)$")):
         if (reason == "markup" or question) and (match := re.match(pattern, text)):
             text = next(part for part in match.groups() if part is not None).strip()
             repaired[reason] += 1
-    if question and (mark := _MARKED.match(text)) and mark["asks"]:
+    if (mark := _MARKED.match(text)) and bool(mark["asks"]) == question:
         text = text[mark.end() :].strip()
-        repaired["number"] += 1
+        repaired["mark written twice"] += 1
     inside = text[1:-1]
     if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in inside and text[-1] not in inside:
         text = inside.strip()
