@@ -28,6 +28,10 @@ def desk(tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
         rows = [{"prompt": f"What is {name} {i}?", "response": f"It is {i * 7 % 10}."} for i in range(40)]
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    questions = {"questions": ["What is one?", "What is two?"], "ground_truths": ["1", "2"]}
+    (tmp_path / "data" / "domains").mkdir()
+    for name in ("history", "biology"):
+        (tmp_path / "data" / "domains" / f"{name}.json").write_text(json.dumps({"domain_name": name, **questions}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -15,7 +15,7 @@ from retain import results
 from retain.errors import RunError
 from retain.functional import forgetting as measures
 from retain.functional import statistics
-from retain.functional.verdict_intervals import Scores, verdict_intervals
+from retain.functional.verdict_intervals import Scores, retention_interval, verdict_intervals
 from retain.items import (
     Array,
     Kind,
@@ -43,6 +43,7 @@ __all__ = [
     "compare_runs",
     "group_deltas",
     "matrix",
+    "retention_intervals",
     "score",
     "sequence",
     "verdict",
@@ -126,6 +127,32 @@ def changes(
     measured = [measure(old.get(i.name, []), new.get(i.name, []), i, *settings) for i in infos]
     adjusted = statistics.holm([m.change.p for m in measured])
     return [_concluded(m, float(p), confidence) for m, p in zip(measured, adjusted)]
+
+
+def retention_intervals(
+    before: Rows,
+    after: Rows,
+    found: Iterable[Change],
+    infos: Iterable[ProbeInfo],
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Probe → its retention in percent (`Change.retention`) with a paired bootstrap interval, items resampled.
+
+    Args:
+        before, after: the rows of all probes.
+        found: from `changes`.
+
+    Raises:
+        RunError: as `change`.
+    """
+    old, new, by_name = by_probe(before), by_probe(after), {info.name: info for info in infos}
+    intervals = {}
+    for one in found:
+        info = by_name[one.probe]
+        scores = _scores(align(old.get(one.probe, []), new.get(one.probe, []), info), info)
+        intervals[one.probe] = estimate(retention_interval(scores, one.retention, confidence, seed))
+    return intervals
 
 
 def matrix(

@@ -135,7 +135,7 @@ def load_probes(
     settings = config.probes
     probes, infos, questions = [], [], {}
     for source in settings.reference:
-        for probe in suite.load_probes(source, settings.limit):
+        for probe in suite.load_probes(source, settings.limit, say=say):
             require_items(probe, f"probes.reference: {source}", {"probes.limit": settings.limit})
             probes.append(probe)
             infos.append(probe_info(probe, "reference", None))

@@ -49,8 +49,8 @@ def open_model(name: str) -> tuple[Any, Any]:
     return load_run(name) if (Path(name) / "run.yaml").is_file() else load_model(name)
 
 
-def open_probes(sources: Sequence[str], limit: int | None = None) -> list[Any]:
-    """The probes of all sources, each with enough items for an interval.
+def open_probes(sources: Sequence[str], limit: int | None = None, say: Say = print) -> list[Any]:
+    """The probes of all sources, each with enough items for an interval; what was left out of them is said.
 
     Raises:
         DataError: a source that cannot be read, a probe with too few items, or two probes with one name.
@@ -59,7 +59,7 @@ def open_probes(sources: Sequence[str], limit: int | None = None) -> list[Any]:
 
     found: list[Any] = []
     for source in sources:
-        for probe in load_probes(source, limit):
+        for probe in load_probes(source, limit, say=say):
             require_items(probe, source, {"--limit": limit})
             if any(probe.name == other.name for other in found):
                 raise DataError(f"--probes: two probes are called '{probe.name}'. Give each its own name.")
@@ -111,7 +111,7 @@ def compare_models(
 
     if len(names) < 2:
         raise ConfigError(f"compare: {len(names)} model given. Give at least two; the first is the one before.")
-    probes = open_probes(sources, limit)
+    probes = open_probes(sources, limit, say)
     infos = [probe_info(probe, "reference", None) for probe in probes]
     labels, tables = _labels(names), []
     for label, name in zip(labels, names):

@@ -26,7 +26,7 @@ app = typer.Typer(
 STOPPED = 130
 
 #: In the order in which a newcomer needs them; files that are not named here follow.
-_ORDER = ["demo", "run", "plan", "probe", "compare", "report", "methods", "synth", "export", "doctor"]
+_ORDER = ["demo", "run", "plan", "probe", "retention", "compare", "report", "methods", "synth", "export", "doctor"]
 
 
 @app.callback()
@@ -40,7 +40,10 @@ def _commands() -> None:
     names = {path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {"common"}
     for name in sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n)):
         module = importlib.import_module(f"retain.cli.{name}")
-        app.command(name)(module.command)
+        if hasattr(module, "app"):  # a command with commands of its own
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(module.command)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -31,3 +33,31 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
+
+
+def quietly(screen: Any) -> Callable[[str], None]:
+    """Says a line in a dim colour, as it is."""
+    return lambda line: screen.print(line, style="dim", highlight=False, markup=False)
+
+
+@contextmanager
+def probing(screen: Any, name: str, items: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar while a model is asked."""
+    from retain.training.watch import bar
+
+    with bar(transient=True, console=screen) as progress:
+        job = progress.add_task(f"probing {name}", total=items, note="")
+        yield lambda n: progress.update(job, advance=n)
+
+
+def answers(model: str, probes: Sequence[Any], screen: Any) -> list[dict[str, Any]]:
+    """A model's item rows of all probes (`results.ITEM_COLUMNS`), with a progress bar; the model is then let go.
+
+    Raises:
+        ModelError, RunError: it cannot be loaded.
+    """
+    from retain import measuring
+
+    opened = measuring.open_model(model)
+    with probing(screen, model, sum(len(p.items) for p in probes)) as progress:
+        return measuring.answers(*opened, probes, progress)

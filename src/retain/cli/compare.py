@@ -80,27 +80,16 @@ def command(
 
 def _models(names: list[str], sources: list[str], folder: Path, limit: int | None, out: Any) -> None:
     """Ask models the same probes and print what the others lost of the first."""
-    from collections.abc import Iterator
-    from contextlib import contextmanager
+    from functools import partial
 
-    from retain.cli.common import quiet_libraries
+    from retain.cli.common import probing, quiet_libraries, quietly
     from retain.measuring import compare_models
     from retain.report import terminal
     from retain.results import load_results
-    from retain.training.watch import bar
 
     quiet_libraries()
 
-    @contextmanager
-    def watched(name: str, items: int) -> Iterator[Any]:
-        with bar(transient=True, console=out) as progress:
-            job = progress.add_task(f"probing {name}", total=items, note="")
-            yield lambda n: progress.update(job, advance=n)
-
-    def say(line: str) -> None:
-        out.print(line, style="dim", highlight=False, markup=False)
-
-    places = compare_models(names, sources, folder, limit, say, watched)
+    places = compare_models(names, sources, folder, limit, quietly(out), partial(probing, out))
     found = [load_results(place) for place in places]
     for results in found:
         out.print(terminal.summary(results))

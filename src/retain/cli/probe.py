@@ -18,23 +18,20 @@ def command(
     """Ask a model the probes and print its scores with 95 % intervals."""
     from pathlib import Path
 
-    from retain.cli.common import console, quiet_libraries
+    from retain.cli.common import answers, console, quiet_libraries, quietly
 
     quiet_libraries()
     from rich.table import Table
 
     from retain import analysis
     from retain.inputs import probe_info
-    from retain.measuring import answers, open_model, open_probes
+    from retain.measuring import open_probes
+    from retain.report.retention import EVERY, pooled
     from retain.results import save_items
-    from retain.training.watch import bar
 
-    chosen = open_probes(probes, limit)
-    network, tokenizer = open_model(model)
     out = console()
-    with bar(transient=True, console=out) as progress:
-        job = progress.add_task(f"probing {model}", total=sum(len(p.items) for p in chosen), note="")
-        rows = answers(network, tokenizer, chosen, lambda n: progress.update(job, advance=n))
+    chosen = open_probes(probes, limit, quietly(out))
+    rows = answers(model, chosen, out)
     if items:
         save_items(rows, Path(items))
     table = Table("probe", "group", "metric", "items", "score", "95 %", "chance", title=f"{model}")
@@ -46,6 +43,12 @@ def command(
             probe.name, probe.group, info.metric, str(info.items), f"{found.value:.3f}",
             f"{found.low:.3f} – {found.high:.3f}", chance,
         )  # fmt: skip
+    infos = [probe_info(probe, "reference", None) for probe in chosen]
+    if (every := pooled(infos, rows)) is not None:
+        found = analysis.score(every[1], every[0])
+        table.add_section()
+        spread = f"{found.low:.3f} – {found.high:.3f}"
+        table.add_row(EVERY, "", every[0].metric, str(every[0].items), f"{found.value:.3f}", spread, "")
     out.print(table)
     if items:
         out.print(f"Items: {items}")

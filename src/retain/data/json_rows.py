@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retain.data.domains import is_set, set_rows
 from retain.errors import DataError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _json_line(line: str, where: str) -> dict[str, Any]:
 
 
 def _json_file(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a `.json` file: a list of objects, `{"data": […]}`, a domain question set, or JSON Lines."""
+    """Rows of a `.json` file: a list of objects, `{"data": […]}`, a domain question set or several, or JSON Lines."""
     try:
         with open_text(path) as file:
             content = json.load(file)
@@ -98,8 +99,10 @@ def _json_file(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: not UTF-8 ({error.reason}). Save it as UTF-8.") from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
-    if isinstance(content, dict) and "questions" in content:
-        content = _question_set(content, path)
+    several = content if isinstance(content, list) else [content]
+    if several and all(map(is_set, several)):
+        wheres = [str(path) if several is not content else f"{path}, set {n}" for n in range(1, len(several) + 1)]
+        content = [row for where, one in zip(wheres, several) for row in set_rows(one, where)]
     elif isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [content]
@@ -109,19 +112,6 @@ def _json_file(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: {type(row).__name__} given, an object is needed.")
         yield row
-
-
-def _question_set(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """`{domain_name, questions, ground_truths}` as rows; the answers may be missing, but not be fewer."""
-    questions, answers = content["questions"], content.get("ground_truths")
-    if not isinstance(questions, list) or not (answers is None or isinstance(answers, list)):
-        raise DataError(f"{path}: 'questions' and 'ground_truths' must be lists.")
-    if answers is not None and len(answers) != len(questions):
-        raise DataError(f"{path}: {len(questions)} questions but {len(answers)} ground_truths. Give one answer each.")
-    extra = {"domain": content["domain_name"]} if "domain_name" in content else {}
-    if answers is None:
-        return [{"prompt": question, **extra} for question in questions]
-    return [{"prompt": q, "response": a, **extra} for q, a in zip(questions, answers)]
 
 
 def _rows(path: str, names: tuple[str, ...] = (), changed: int = 0) -> Iterator[dict[str, Any]]:

@@ -67,6 +67,26 @@ def verdict_intervals(
     return {name: interval(name) for name in NAMES if tasks or name != "improvement"}
 
 
+def retention_interval(probe: Scores, value: float, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Retention of one probe in percent, 100·(1 − relative drop), around `value` with a paired bootstrap interval.
+
+    Where few items of a share changed, a lost and a gained item are added first: (1, 0) and (0, 1), before and after.
+    The padding of `verdict_intervals`, ±1 on the score after, is right for a difference; a ratio of few known items it
+    makes far too wide.
+
+    Raises:
+        DataError: one item.
+    """
+
+    def retained(sums: statistics.Sums) -> Array:
+        return 100 * (1 - np.clip(_relative(probe, sums[0])[0], 0, 1))
+
+    units = _units(probe, 1)
+    if probe.counted and len(units) > len(np.asarray(probe.before)):
+        units = np.concatenate([units[:-2], [[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]])
+    return statistics.bootstrap([units], retained, confidence, seed=seed, value=value, bca=False)
+
+
 def _units(probe: Scores, probes: int) -> Array:
     before, after = np.asarray(probe.before, dtype=float), np.asarray(probe.after, dtype=float)
     weights = np.ones_like(before) if probe.weights is None else np.asarray(probe.weights, dtype=float)

@@ -1,4 +1,4 @@
-"""Load probes: the built-in suite, a JSONL file or a folder of them, in one of several forms.
+"""Load probes: the built-in suite, a file or a folder of them, or a set on the hub, in one of several forms.
 
 A row says what it is (`probe`, `kind`, `group`, `id`) or it is told by its fields:
 
@@ -8,6 +8,9 @@ A row says what it is (`probe`, `kind`, `group`, `id`) or it is told by its fiel
 
 What a row does not say is derived: the probe's name from the file, the id from the content, the group from the
 kind. The kinds are the modules of this package; there is no list to keep.
+
+Rows that name their `domain`, and domain question sets (`retain.data.domains`), become one probe per domain; a question
+that a domain has already is left out and counted.
 """
 
 from __future__ import annotations
@@ -17,17 +20,24 @@ import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import retain.probes
+from retain.data.chat import choice_index
+from retain.data.domains import answer_tokens
+from retain.data.json_rows import open_text, suffix_of
+from retain.data.sources import SUFFIXES, load_rows, locate
 from retain.errors import DataError, unknown
 from retain.probes.base import Item, Probe
 
 GROUPS = ("knowledge", "capability", "behaviour")
 BUILT_IN = Path(__file__).parent / "suites"
-_ABOUT = {"id", "probe", "kind", "group"}
+_ABOUT = {"id", "probe", "kind", "group", "domain", "made"}
+_TABLES = (".json", ".csv", ".tsv", ".parquet")
+Say = Callable[[str], None]
 
 
 @functools.cache
@@ -49,27 +59,31 @@ def load_probes(
     limit: int | None = None,
     name: str | None = None,
     seed: int = 0,
+    say: Say = lambda line: None,
     **options: Any,
 ) -> list[Probe]:
     """Probes of a source, in the order of its files and rows.
 
     Args:
-        source: the name of a built-in suite (`core`), a JSONL file, or a folder whose *.jsonl are read.
+        source: the name of a built-in suite (`core`), a JSONL, JSON, CSV, TSV or Parquet file, a folder of them, or a
+            hub id (`owner/name`), of which the test split is read. Of a folder all *.jsonl are read, and the other
+            files that hold questions with answers.
         limit: at most this many items per probe: a fair sample, the same at every call, in the order of the
             file; a smaller limit takes a part of what a larger one takes.
         name: name for rows that do not say their probe; the stem of the file by default.
         seed: of the sample.
+        say: told what was left out.
         options: options of the probes, such as `normalisation`, `layout`, `max_tokens`, `window`.
 
     Raises:
         DataError: nothing there; a row that is malformed, incomplete, twice there, or of no known kind.
     """
     rows = (
-        (where, {**row, "probe": row.get("probe") or name or _stem(path)})
-        for path in _files(source)
+        (where, {**row, "probe": row.get("probe") or row.get("domain") or name or _stem(path)})
+        for path in _files(source, say)
         for where, row in _rows(path)
     )
-    return _build(rows, str(source), limit, seed, options)
+    return _build(rows, str(source), limit, seed, options, say)
 
 
 def probes_from_rows(
@@ -81,18 +95,25 @@ def probes_from_rows(
 ) -> list[Probe]:
     """Probes of rows that are in memory, as `load_probes` makes them of files; `name` as there."""
     placed = (
-        (f"{name}, row {number}", {**row, "probe": row.get("probe") or name})
+        (f"{name}, row {number}", {**row, "probe": row.get("probe") or row.get("domain") or name})
         for number, row in enumerate(rows, start=1)
     )
     return _build(placed, name, limit, seed, options)
 
 
 def _build(
-    rows: Iterable[tuple[str, dict[str, Any]]], source: str, limit: int | None, seed: int, options: dict[str, Any]
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    source: str,
+    limit: int | None,
+    seed: int,
+    options: dict[str, Any],
+    say: Say = lambda line: None,
 ) -> list[Probe]:
     if limit is not None and limit < 1:
         raise DataError(f"{source}: limit {limit} given; allowed is 1 or more.")
     probes: dict[str, tuple[type[Probe], str, list[Item], dict[str, str]]] = {}
+    asked: dict[tuple[str, str], Any] = {}  # (probe, question) → its right answer, where rows name their domain
+    again: dict[str, Counter[bool]] = {}  # probe → questions that were there, by whether the answer is another one
     for where, row in rows:
         label = str(row["probe"])
         cls, group, item = _item(where, row)
@@ -104,39 +125,67 @@ def _build(
                 f"{where}: probe '{label}' is {first.kind} ({first_group}) above and {cls.kind} ({group}) here. "
                 "Give the row another `probe`."
             )
+        if row.get("domain") and (question := _question(item)):
+            right = _right(item)
+            if (before := asked.setdefault((label, question), right)) is not right:
+                again.setdefault(label, Counter())[before != right] += 1
+                continue
         if item.id in seen:
             raise DataError(f"{where}: the item '{item.id}' is already at {seen[item.id]}. Remove one of them.")
         seen[item.id] = where
         items.append(item)
     if not probes:
         raise DataError(f"{source}: has no rows. Give a JSONL file with one probe item per line.")
+    for label, counts in again.items():
+        other = f", {counts[True]} of them with another answer" if counts[True] else ""
+        some = f"{counts.total()} repeated question{'s' * (counts.total() > 1)}"
+        say(f"{source}: {label}: {some} left out{other}.")
     return [
         cls(label, _sample(items, limit, seed), group, **options) for label, (cls, group, items, _) in probes.items()
     ]
 
 
-def _files(source: str | Path) -> list[Path]:
+def _files(source: str | Path, say: Say) -> list[Path]:
     path = Path(source)
     if isinstance(source, str) and (BUILT_IN / source).is_dir() and "/" not in source.strip("."):
         path = BUILT_IN / source
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        files = []
+        for file in sorted(path.iterdir()):
+            if file.suffix == ".jsonl" or (suffix_of(file) in SUFFIXES and _holds_questions(file)):
+                files.append(file)
+            elif suffix_of(file) in SUFFIXES:
+                say(f"{file}: no questions with answers in it; left out.")
         if not files:
-            raise DataError(f"{source}: no *.jsonl in this folder. Give a folder with probe files, or one file.")
+            raise DataError(
+                f"{source}: no *.jsonl in this folder, nor another file with questions and answers. Give a folder with "
+                "probe files, or one file."
+            )
         return files
-    if path.is_file():
+    if path.is_file() or ("/" in str(source) and locate(source, "test") is None):
         return [path]
     built_in = ", ".join(sorted(folder.name for folder in BUILT_IN.iterdir() if folder.is_dir()))
     raise DataError(f"{source}: no such file or folder. Give a path, or a built-in suite: {built_in}.")
 
 
+def _holds_questions(path: Path) -> bool:
+    """Whether a file has the columns of a domain set; a data folder also holds other tables and descriptions."""
+    names = set(load_rows(path).column_names)
+    asks, tells = {"prompt", "question"} & names, {"response", "answers", "answer", "final"} & names
+    return bool(asks) and bool(tells or "domain" in names)
+
+
 def _stem(path: Path) -> str:
     """The file's name, or its folder's where the file is only called after a split."""
-    return path.parent.name if path.stem in ("test", "dev", "train", "valid") else path.stem
+    stem = Path(path.name.removesuffix(".gz")).stem
+    return path.parent.name if stem in ("test", "dev", "train", "valid") else stem
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as file:
+    if not path.is_file() or suffix_of(path) in _TABLES:
+        yield from _table_rows(path)
+        return
+    with open_text(path) as file:
         try:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
@@ -155,6 +204,17 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"{path}: not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
 
 
+def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a table, a JSON file or the hub: cells without a value are left out, right choices become indices."""
+    where = str(path)
+    for number, row in enumerate(load_rows(where, "test"), start=1):
+        place = f"{where}, row {number}"
+        row = {key: value for key, value in row.items() if value not in (None, "", [], [""])}
+        if row.get("choices") and "answer" in row:
+            row["answer"] = choice_index(row["answer"], row["choices"], place)
+        yield place, row
+
+
 def _item(where: str, row: dict[str, Any]) -> tuple[type[Probe], str, Item]:
     """Kind, group and item of a row in any of the forms."""
     fields = {key: value for key, value in row.items() if key not in _ABOUT and value is not None}
@@ -166,6 +226,8 @@ def _item(where: str, row: dict[str, Any]) -> tuple[type[Probe], str, Item]:
         fields["safe"] = fields["label"] == "safe"
     if "answers" not in fields and (one := fields.get("final", fields.get("response"))) is not None:
         fields["answers"] = [str(one)]
+    if row.get("domain") and "answers" not in fields and "choices" not in fields and "answer" in fields:
+        fields["answers"] = [str(fields["answer"])]
     known = kinds()
     kind = row.get("kind")
     if kind is None:
@@ -184,7 +246,28 @@ def _item(where: str, row: dict[str, Any]) -> tuple[type[Probe], str, Item]:
     group = row.get("group") or cls.group
     if group not in GROUPS:
         raise DataError(unknown(f"{where}, group", str(group), GROUPS))
-    return cls, group, Item(str(row.get("id") or _digest(fields)), fields)
+    name = str(row.get("id") or _digest(fields))
+    if row.get("domain") and kind == "answer" and "max_tokens" not in fields:
+        fields["max_tokens"] = max(getattr(cls, "max_tokens", 0), answer_tokens(map(str, _listed(fields["answers"]))))
+    return cls, group, Item(name, fields)
+
+
+def _listed(answers: Any) -> list[Any]:
+    return answers if isinstance(answers, list) and answers else [answers]
+
+
+def _question(item: Item) -> str:
+    """What an item asks, in one spelling: case-folded, white space as one space, with its choices in any order."""
+    fields = item.fields
+    parts = [str(fields.get("prompt") or fields.get("good") or fields.get("text") or "")]
+    return " ".join("\n".join([*parts, *sorted(map(str, fields.get("choices") or []))]).casefold().split())
+
+
+def _right(item: Item) -> list[str]:
+    fields = item.fields
+    if "choices" in fields and isinstance(fields.get("answer"), int):
+        return [str(choice) for choice in fields["choices"][fields["answer"] : fields["answer"] + 1]]
+    return [" ".join(str(one).casefold().split()) for one in _listed(fields.get("answers"))]
 
 
 @functools.cache

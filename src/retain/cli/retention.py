@@ -1,0 +1,62 @@
+"""`retain retention`: what a tuned model still knows of what its base knew, domain by domain."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    base: Annotated[str, typer.Argument(help="The model before: starter, a folder, a run, or a hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The model after.")],
+    probes: Annotated[
+        list[str], typer.Option("--probes", "-p", help="A domain set, a folder of them, or any other probes.")
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions per domain.")] = None,
+    output: Annotated[
+        list[str] | None, typer.Option("--output", help="Also write the report: .md, .html or .json; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
+) -> None:
+    """Ask two models the same questions and show what was retained of each domain, with intervals."""
+    from pathlib import Path
+
+    from retain.cli.common import answers, console, quiet_libraries, quietly
+    from retain.report import retention
+
+    files = [Path(name).expanduser() for name in output or []]
+    for path in files:
+        retention.check_ending(path)
+    quiet_libraries()
+    from rich.table import Table
+    from rich.text import Text
+
+    from retain.inputs import probe_info
+    from retain.measuring import open_probes
+    from retain.report.terminal import STYLES
+
+    out = console()
+    chosen = open_probes(probes, limit, quietly(out))
+    infos = [probe_info(probe, "reference", None) for probe in chosen]
+    texts = {
+        (p.name, item.id): str(item.fields["prompt"]) for p in chosen for item in p.items if "prompt" in item.fields
+    }
+    before, after = answers(base, chosen, out), answers(tuned, chosen, out)
+    report = retention.retention_report(base, tuned, before, after, infos, seed=seed, texts=texts)
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("domain", overflow="fold")
+    for head in ("before", "after", "retention", "band", "lost/gained", "conclusion"):
+        table.add_column(head, justify="left" if head in ("band", "conclusion") else "right")
+    for kept in retention.lines(report):
+        if kept is report.every:
+            table.add_section()
+        name, _, old, new, share, band, lost, gained, _, conclusion = retention.cells(kept)
+        table.add_row(
+            Text(name), old, new, share, Text(band, style=STYLES[retention.tone(kept)]), f"{lost}/{gained}", conclusion
+        )
+    out.print(table)
+    out.print(retention.explained(report), style="dim", highlight=False, markup=False)
+    for path in files:
+        retention.write(report, path)
+        out.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
