@@ -33,6 +33,7 @@ def command(
     from retain.probes.base import Subject
     from retain.probes.suite import load_probes
     from retain.results import save_items
+    from retain.totals import totals
     from retain.training.watch import bar
 
     chosen = []
@@ -59,5 +60,17 @@ def command(
             f"{found.low:.3f} – {found.high:.3f}", chance,
         )  # fmt: skip
     out.print(table)
+    for probe in chosen:
+        others = totals([r for r in rows if r["probe"] == probe.name])
+        if others.numbers:
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in others.numbers.items() if name != "accuracy")
+            out.print(f"{probe.name}: {numbers}", highlight=False)
+        for label, of_class in others.classes.items():
+            out.print(
+                f"  {label}: precision {of_class.precision:.3f}, recall {of_class.recall:.3f}, F1 {of_class.f1:.3f}, "
+                f"{of_class.items} items",
+                highlight=False,
+                markup=False,
+            )
     if items:
         out.print(f"Items: {items}")
