@@ -6,12 +6,13 @@ import json
 
 import pytest
 import sacrebleu
+from run_kit import carry_out, write_lines
 
 from retain.data.matching import token_f1
 from retain.models.generation import Generated
 from retain.probes.answer import Answer
 from retain.probes.base import Item
-from retain.results import without_text
+from retain.results import load_items, load_results, without_text
 from retain.totals import totals
 
 ENGLISH = [
@@ -53,3 +54,30 @@ def test_written_answers(pairs, tokens, micro):
 def test_other_kinds_and_older_tables_have_none(details):
     assert totals([{"details": details}]).numbers == {}
     assert totals([]).numbers == {}
+
+
+def test_a_run_holds_them_at_every_stage(shop, tmp_path):
+    """Written answers scored by F1, a task scored by ROUGE-L, and a classification; read back from the directory."""
+    labels = ["even", "odd"]
+    asked = [{"probe": "parity", "prompt": f"Is {i} odd?", "labels": labels, "label": labels[i % 2]} for i in range(4)]
+    asked += [{"probe": "said", "prompt": f"Say {i}", "answers": "seven ships"} for i in range(3)]
+    source = write_lines(tmp_path / "qa.jsonl", asked)
+    probes = {"reference": [{"data": str(source), "score": "f1"}], "tasks": {"score": "rouge_l", "max_tokens": 5}}
+    results, _ = carry_out(
+        shop, tmp_path / "run", tasks=[str(shop / "count")], methods=["none"], old=None, probes=probes
+    )
+    assert {info.name: info.metric for info in results.probes} == {
+        "parity": "accuracy", "said": "token F1", "count": "ROUGE-L"
+    }  # fmt: skip
+    assert load_results(tmp_path / "run").totals == results.totals
+    assert list(results.totals) == results.stages == ["00-base", "01-count"]
+    for stage, found in results.totals.items():
+        rows = load_items(tmp_path / "run" / "probes" / f"{stage}.parquet")
+        assert {name: totals([r for r in rows if r["probe"] == name]) for name in ("parity", "said", "count")} == found
+        assert list(found["parity"].classes) == labels
+        for name, number in (("parity", "accuracy"), ("said", "macro_f1"), ("count", "rouge_l")):
+            assert found[name].numbers[number] == pytest.approx(results.scores[stage][name].value)
+        written = [json.loads(row["details"])["written"] for row in rows if row["probe"] == "count"]
+        assert max(written) <= 5
+    questions = [json.loads(line) for line in (tmp_path / "run" / "probes" / "count.jsonl").open()]
+    assert {(row["score"], row["max_tokens"]) for row in questions} == {("rouge_l", 5)}
