@@ -34,4 +34,4 @@ def test_numbers_of_answers_and_classes_are_printed(
         assert f"{name} {answered.numbers[name]:.3f}" in said
     for label in labels:
         one = kept.classes[label]
-        assert f"{label}: precision {one.precision:.3f}, recall {one.recall:.3f}, F1 {one.f1:.3f}, 2 items" in said
+        assert f"{label}: precision {one.precision:.3f}, recall {one.recall:.3f}, F1 {one.f1:.3f}, of 2" in said

@@ -33,7 +33,9 @@ def test_corpus_bleu_is_that_of_sacrebleu(rows, language, tokens):
     assert corpus_bleu(counts) != pytest.approx(np.mean([bleu(*row, language)[0] for row in rows]))
 
 
-def test_corpus_bleu_of_nothing_right_is_0():
+def test_corpus_bleu_of_nothing_right_is_0_and_of_all_right_1():
+    text = "The capital of France is Paris."
+    assert corpus_bleu([bleu(text, [text], "en")[1]] * 3) == 1.0
     assert corpus_bleu([bleu("a b c", ["d e f"], "en")[1]]) == 0.0
     assert corpus_bleu([bleu("", ["d e f"], "en")[1]]) == 0.0
 

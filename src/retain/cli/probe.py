@@ -68,7 +68,7 @@ def command(
         for label, of_class in others.classes.items():
             out.print(
                 f"  {label}: precision {of_class.precision:.3f}, recall {of_class.recall:.3f}, F1 {of_class.f1:.3f}, "
-                f"{of_class.items} items",
+                f"of {of_class.items}",
                 highlight=False,
                 markup=False,
             )

@@ -60,7 +60,8 @@ def bleu(text: str, accepted: Sequence[str], language: Language) -> tuple[float,
     if language == "zh":
         text, accepted = plain_forms(text), [plain_forms(one) for one in accepted]
     found = _bleu(language).sentence_score(text, list(accepted))
-    return found.score / 100, [found.sys_len, found.ref_len, *found.counts, *found.totals]
+    # rounding takes equal texts to 100.00000000000004, which would be no share any more
+    return min(1.0, found.score / 100), [found.sys_len, found.ref_len, *found.counts, *found.totals]
 
 
 def rouge_l(text: str, accepted: Sequence[str], language: Language) -> float:

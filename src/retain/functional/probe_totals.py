@@ -36,7 +36,8 @@ def corpus_bleu(counts: Sequence[Sequence[int]]) -> float:
     from sacrebleu.metrics import BLEU
 
     length, wanted, *ngrams = (sum(column) for column in zip(*counts))
-    return float(BLEU.compute_bleu(ngrams[:4], ngrams[4:], length, wanted, smooth_method="exp").score) / 100
+    score = BLEU.compute_bleu(ngrams[:4], ngrams[4:], length, wanted, smooth_method="exp").score
+    return min(1.0, float(score) / 100)  # rounding may take equal texts a little over 100
 
 
 def class_scores(truth: Sequence[int], chosen: Sequence[int | None], classes: int) -> tuple[float, list[ClassScore]]:
