@@ -82,6 +82,25 @@ def tiny_cache(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_embedding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random encoder, which sentence-transformers takes with mean pooling."""
+    import copy
+
+    import torch
+    from tiny import tiny_tokenizer
+    from transformers import BertConfig, BertModel
+
+    folder, tokenizer = tmp_path_factory.mktemp("embedding"), copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = None  # with one, texts would be embedded as messages
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     """The tiny tokenizer."""
     from tiny import tiny_tokenizer

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -47,6 +48,23 @@ def test_short_form_of_model_means_its_name():
     assert parse(SHORT | {"model": "some/model"}) == parse(SHORT | {"model": {"name": "some/model"}})
 
 
+def test_probe_sources_with_options():
+    config = parse(SHORT | {"probes": {"reference": ["core", {"data": "qa.jsonl", "score": "f1", "max_tokens": 8}]}})
+    first, second = config.probes.reference
+    assert (first, second.data, second.given()) == ("core", "qa.jsonl", {"score": "f1", "max_tokens": 8})
+    assert config.probes.tasks.given() == {}
+    assert parse(yaml.safe_load(dump(config))) == config
+
+
+def test_options_of_probes_are_those_of_the_kinds():
+    from retain.config import ProbeOptions
+    from retain.probes.answer import SCORES
+    from retain.probes.suite import kinds
+
+    assert set(ProbeOptions.model_fields) == set().union(*(cls.settings for cls in kinds().values()))
+    assert set(get_args(get_args(ProbeOptions.model_fields["score"].annotation)[0])) == set(SCORES)
+
+
 @pytest.mark.parametrize("methods", ["ewc", ["ewc"], {"ewc": {}}, [{"ewc": {}}], {"ewc": None}])
 def test_forms_of_methods(methods):
     (method,) = build(parse(SHORT | {"methods": methods}).methods)
@@ -79,6 +97,8 @@ def test_output_and_name():
         ({"tasks": [{"data": "a", "stramed": True, "streamin": True}]}, "stramed", "streaming", "tasks.0"),
         ({"tasks": ["a", {"data": "a", "columms": {}}]}, "columms", "columns", "tasks.1"),
         ({"probes": {"referense": []}}, "referense", "reference", "probes"),
+        ({"probes": {"reference": ["core", {"data": "a", "scor": "f1"}]}}, "scor", "score", "probes.reference.1: "),
+        ({"probes": {"tasks": {"layuot": "chat"}}}, "layuot", "layout", "probes.tasks: "),
     ],
 )
 def test_unknown_keys_are_named_with_the_nearest(values, wrong, near, place):
@@ -94,6 +114,8 @@ def test_allowed_keys_are_those_of_the_right_level():
     assert "revision" in message(SHORT | {"model": {"xyzzy": 1}})
     assert "test_limit" in message({"tasks": [{"data": "a", "xyzzy": 1}]})
     assert "precision" in message(SHORT | {"probes": {"xyzzy": 1}})
+    assert "rouge_l" in message(SHORT | {"probes": {"tasks": {"score": "xyzzy"}}})
+    assert "probes.reference.0.score" in message(SHORT | {"probes": {"reference": [{"data": "a", "score": "xyzzy"}]}})
     assert "methods" in message(SHORT | {"xyzzy": 1})
 
 

@@ -70,6 +70,25 @@ def test_a_few_texts_are_a_task(shop, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("probes", "words"),
+    [
+        (
+            {"reference": [{"data": "{shop}/probes.jsonl", "score": "f1"}]},
+            "score has no effect on probes of kind choice",
+        ),
+        (
+            {"reference": ["{shop}/probes.jsonl"], "tasks": {"window": 8}},
+            "probes.tasks: window has no effect on probes of",
+        ),
+    ],
+)
+def test_an_option_that_no_probe_has_is_refused(shop, tmp_path, probes, words):
+    with pytest.raises(ConfigError, match=words):
+        carry_out(shop, tmp_path / "run", probes=json.loads(json.dumps(probes).replace("{shop}", str(shop))))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"tasks": [{"data": "{few}", "on": "all"}]}, "tasks.few: 1 item for 'few' given; perplexity needs at least 2"),

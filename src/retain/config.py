@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from retain import presets
 from retain.errors import ConfigError, unknown
@@ -78,11 +88,55 @@ class TaskConfig(_Settings):
     """Rows longer than `train.max_length`, or than the model's context: cut at the end, or left out."""
 
 
+class ProbeOptions(_Settings):
+    """How probe items are asked and scored, where a row does not say it itself; docs/probes.md tells what each does."""
+
+    score: Literal["contains", "exact", "f1", "bleu", "rouge_l", "keywords", "similarity"] | None = None
+    """What a written answer is compared by (`answer`)."""
+    embedding: str | None = None
+    """Folder or hub id of a sentence-transformers model, for `similarity` (`answer`)."""
+    language: Literal["en", "zh"] | None = None
+    """Language of the accepted answers (`answer`); told from them when not given."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest answer (kinds that let the model write)."""
+    by: Literal["likelihood", "answer"] | None = None
+    """How a label is chosen (`classification`)."""
+    labels: list[str] | None = None
+    """All labels (`classification`)."""
+    normalisation: Literal["characters", "raw", "tokens", "unconditional"] | None = None
+    """What a log-likelihood is divided by (`choice`, `classification`)."""
+    layout: Literal["auto", "question", "continue", "chat"] | None = None
+    """What is written around the prompt (`choice`, `classification`)."""
+    window: int | None = Field(None, ge=2)
+    """Longest piece of text that the model sees at once (`perplexity`)."""
+    stride: int | None = Field(None, ge=1)
+    """Tokens by which that window moves on (`perplexity`)."""
+
+    def given(self) -> dict[str, Any]:
+        """The options that are set."""
+        return self.model_dump(include=set(ProbeOptions.model_fields), exclude_none=True)
+
+
+class ReferenceConfig(ProbeOptions):
+    """A source of reference probes with options."""
+
+    data: str
+    """Built-in suite, probe file or folder."""
+
+
+def _name_or_entry(value: Any) -> str:
+    return "name" if isinstance(value, str) else "entry"
+
+
 class ProbesConfig(_Settings):
     """What is measured before and after."""
 
-    reference: list[str] = ["core"]
-    """Old abilities: built-in suites, probe files or folders."""
+    reference: list[
+        Annotated[Annotated[str, Tag("name")] | Annotated[ReferenceConfig, Tag("entry")], Discriminator(_name_or_entry)]
+    ] = ["core"]
+    """Old abilities: built-in suites, probe files or folders; with options as `{data: qa.jsonl, score: f1}`."""
+    tasks: ProbeOptions = ProbeOptions()
+    """Options of the probes that are made of the tasks' test rows."""
     limit: int | None = Field(None, ge=1)
     """At most this many items per reference probe (a fixed fair sample)."""
     task_limit: int | None = Field(200, ge=1)
@@ -298,18 +352,21 @@ def dump(config: RunConfig) -> str:
 
 def _one_line(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"] if part != "entry")
     if first["type"] == "extra_forbidden":
         parts: dict[str, type[BaseModel]] = {
             "model": ModelConfig,
             "tasks": TaskConfig,
             "probes": ProbesConfig,
+            "entry": ReferenceConfig,
             "verdict": VerdictConfig,
         }
         schema: type[BaseModel] = RunConfig
         for part in first["loc"][:-1]:
             schema = parts.get(str(part), schema)
-        parent = ".".join(str(part) for part in first["loc"][:-1])
+        if first["loc"][:2] == ("probes", "tasks"):
+            schema = ProbeOptions
+        parent = ".".join(str(part) for part in first["loc"][:-1] if part != "entry")
         return unknown(f"{where}: {parent}".rstrip(": "), str(first["loc"][-1]), schema.model_fields)
     if first["type"] == "missing":
         return f"{where}: `{path}` is missing. Add it; `retain run --help` shows a short configuration."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from retain.data import fingerprint
 from retain.data.chat import count_long, long_note, template_check, to_chat
 from retain.data.sources import load_rows
 from retain.data.tasks import Task, load_task
-from retain.errors import DataError
+from retain.errors import ConfigError, DataError
 from retain.results import ProbeInfo
 
 Say = Callable[[str], None]
@@ -128,19 +128,25 @@ def load_probes(
 
     Raises:
         DataError: a probe that cannot be read or has too few items, or two with one name.
+        ConfigError: an option that no probe has.
     """
     from retain.probes import suite
     from retain.probes.tasks import task_items
 
     settings = config.probes
     probes, infos, questions = [], [], {}
-    for source in settings.reference:
-        for probe in suite.load_probes(source, settings.limit, say=say):
+    for wanted in settings.reference:
+        source, options = (wanted, {}) if isinstance(wanted, str) else (wanted.data, wanted.given())
+        loaded = suite.load_probes(source, settings.limit, say=say, **options)
+        require_effect(options, loaded, f"probes.reference: {source}")
+        for probe in loaded:
             require_items(probe, f"probes.reference: {source}", {"probes.limit": settings.limit})
             probes.append(probe)
             infos.append(probe_info(probe, "reference", None))
     for entry, task in zip(config.tasks, tasks):
         items = task_items(task.test_rows, task.name, tokenizer, entry.list_choices)
+        known, options = suite.kinds(), settings.tasks.given()
+        items = [row | {k: v for k, v in options.items() if k in known[row["kind"]].settings} for row in items]
         if not items:
             say(f"{task.name}: no test rows that can be scored; what it learns is not measured.")
             continue
@@ -150,6 +156,8 @@ def load_probes(
             require_items(probe, f"tasks.{task.name}", limits, "test rows, with `test:` or a larger `hold_out:`")
             probes.append(probe)
             infos.append(probe_info(probe, "task", task.name))
+    of_tasks = [probe for probe, info in zip(probes, infos) if info.role == "task"]
+    require_effect(settings.tasks.given() if of_tasks else {}, of_tasks, "probes.tasks")
     names = [info.name for info in infos]
     for name in names:
         if names.count(name) > 1:
@@ -175,6 +183,18 @@ def require_items(probe: Any, where: str, limits: Mapping[str, int | None], more
             f"{where}: {count} item{'' if count == 1 else 's'} for '{probe.name}' given; {probe.metric} needs at least "
             f"{probe.fewest} for an interval. {f'Raise {tight}' if tight else f'Give more {more}'}."
         )
+
+
+def require_effect(options: Iterable[str], probes: Sequence[Any], where: str) -> None:
+    """Refuse an option that none of the probes has.
+
+    Raises:
+        ConfigError: such an option.
+    """
+    for option in options:
+        if not any(option in probe.settings for probe in probes):
+            kinds = ", ".join(sorted({probe.kind for probe in probes}))
+            raise ConfigError(f"{where}: {option} has no effect on probes of kind {kinds}. Leave it out.")
 
 
 def probe_info(probe: Any, role: str, task: str | None) -> ProbeInfo:

@@ -8,8 +8,9 @@ from typing import Any
 
 from retain import analysis
 from retain.config import RunConfig
-from retain.results import ProbeInfo, Results, Sequence, StepSummary, Thresholds, load_items
+from retain.results import ProbeInfo, Results, Sequence, StepSummary, Thresholds, Totals, load_items
 from retain.rundir import BASE, RunDirectory
+from retain.totals import totals
 
 
 def outcome(
@@ -60,6 +61,7 @@ def outcome(
         stages=stages,
         probes=probes,
         scores=scores,
+        totals={stage: found for stage, rows in tables.items() if (found := _totals(rows, probes))},
         matrix=rows,
         sequence=analysis.sequence(rows) if rows else Sequence(**dict.fromkeys(Sequence.model_fields)),
         group_deltas=analysis.group_deltas(tables, probes, confidence),
@@ -70,6 +72,12 @@ def outcome(
         thresholds=thresholds,
         ahead=ahead,
     )
+
+
+def _totals(rows: list[dict[str, Any]], probes: list[ProbeInfo]) -> dict[str, Totals]:
+    """Of the probes that have other numbers than their score."""
+    found = {info.name: totals([r for r in rows if r["probe"] == info.name]) for info in probes}
+    return {name: of_probe for name, of_probe in found.items() if of_probe.numbers}
 
 
 def _what_stood_for_old(config: RunConfig, place: RunDirectory, methods: dict[str, Any]) -> str:

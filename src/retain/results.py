@@ -59,6 +59,22 @@ class ProbeInfo(_Record):
     items: int
 
 
+class ClassNumbers(_Record):
+    """One class of a classification probe: shares between 0 and 1, and how many items belong to it."""
+
+    precision: float
+    recall: float
+    f1: float
+    items: int
+
+
+class Totals(_Record):
+    """Other numbers of a whole probe than its score (`retain.totals`); shares between 0 and 1."""
+
+    numbers: dict[str, float] = {}  # "macro_f1", "micro_f1", "corpus_bleu", …
+    classes: dict[str, ClassNumbers] = {}  # label → its numbers
+
+
 class Change(_Record):
     """One probe, before against after, on the same items.
 
@@ -163,6 +179,7 @@ class Results(_Record):
     stages: list[str]  # "00-base", "01-<task>", …
     probes: list[ProbeInfo]
     scores: dict[str, dict[str, Estimate]]  # stage → probe → score
+    totals: dict[str, dict[str, Totals]] = {}  # stage → probe → its other numbers, where it has any
     matrix: list[list[float | None]]  # row 0 = base; matrix[i][j] = score on task j after task i
     sequence: Sequence
     group_deltas: dict[str, list[Estimate | None]] = {}  # group of old probes → change since the base, per later stage

@@ -12,7 +12,7 @@ import numpy as np
 from retain.data.chat import row_lengths
 from retain.functional.pacing import mean_share
 from retain.models.generation import has_chat_template, render
-from retain.probes.asking import WrittenProbe
+from retain.probes.asking import is_written
 from retain.probes.base import Probe, Subject
 from retain.training.rehearsal import Batch
 
@@ -191,12 +191,12 @@ def questions(probes: Sequence[Probe], tokenizer: Any) -> Questions:
     answers: list[tuple[int, int]] = []  # (tokens at most, tokens of the prompt)
     for probe in probes:
         for item in probe.items:
-            if isinstance(probe, WrittenProbe):
+            if is_written(probe):
                 prompt = render(tokenizer, item.fields["prompt"])
                 answers.append((probe.limit(item), len(tokenizer(prompt)["input_ids"])))
             else:
                 texts += [text for text in item.fields.values() if isinstance(text, str)]
-                texts += map(str, item.fields.get("choices", []))
+                texts += map(str, item.fields.get("choices") or getattr(probe, "labels", []))
     read = sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0
     calls = []
     rest = sorted(answers, reverse=True)

@@ -17,13 +17,13 @@ def write(folder, name, *rows):
 
 
 def test_kinds_are_the_modules():
-    assert set(kinds()) == {"answer", "choice", "instruction", "pair", "perplexity", "refusal"}
+    assert set(kinds()) == {"answer", "choice", "classification", "instruction", "pair", "perplexity", "refusal"}
     assert all(kind == cls.kind == cls.__module__.rpartition(".")[2] for kind, cls in kinds().items())
 
 
 def test_the_built_in_suite_loads():
     probes = {probe.name: probe for probe in load_probes("core")}
-    assert {probe.kind for probe in probes.values()} == set(kinds())
+    assert {probe.kind for probe in probes.values()} == set(kinds()) - {"classification"}
     assert probes["countries"].group == "knowledge"
     assert all(len({item.id for item in probe.items}) == len(probe.items) > 0 for probe in probes.values())
 
@@ -44,6 +44,8 @@ def test_the_built_in_suite_loads():
         ({"prompt": "P", "check": {"words_max": 3}}, "instruction", {"check": {"words_max": 3}}),
         ({"prompt": "P", "safe": True}, "refusal", {"safe": True}),
         ({"prompt": "P", "label": "unsafe"}, "refusal", {"safe": False}),
+        ({"prompt": "P", "label": "b", "labels": ["a", "b"]}, "classification", {"label": "b"}),
+        ({"prompt": "P", "label": "b", "labels": ["a", "b"], "response": "b"}, "classification", {"label": "b"}),
     ],
 )
 def test_forms(row, kind, fields, tmp_path):

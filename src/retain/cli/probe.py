@@ -28,6 +28,7 @@ def command(
     from retain.measuring import open_probes
     from retain.report.retention import EVERY, pooled
     from retain.results import save_items
+    from retain.totals import totals
 
     out = console()
     chosen = open_probes(probes, limit, quietly(out))
@@ -50,5 +51,17 @@ def command(
         spread = f"{found.low:.3f} – {found.high:.3f}"
         table.add_row(EVERY, "", every[0].metric, str(every[0].items), f"{found.value:.3f}", spread, "")
     out.print(table)
+    for probe in chosen:
+        others = totals([r for r in rows if r["probe"] == probe.name])
+        if others.numbers:
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in others.numbers.items() if name != "accuracy")
+            out.print(f"{probe.name}: {numbers}", highlight=False)
+        for label, of_class in others.classes.items():
+            out.print(
+                f"  {label}: precision {of_class.precision:.3f}, recall {of_class.recall:.3f}, F1 {of_class.f1:.3f}, "
+                f"of {of_class.items}",
+                highlight=False,
+                markup=False,
+            )
     if items:
         out.print(f"Items: {items}")

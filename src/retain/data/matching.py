@@ -82,11 +82,14 @@ def token_f1(text: str, accepted: str) -> float:
 
     With c common words (counted as often as in both), p = c/|text|, r = c/|accepted|: F1 = 2pr/(p + r).
     """
+    common, given, wanted = token_counts(text, accepted)
+    return 2 * common / (given + wanted) if common else 0.0
+
+
+def token_counts(text: str, accepted: str) -> tuple[int, int, int]:
+    """What `token_f1` is made of: common words, words of the text, words of what is accepted."""
     given, wanted = Counter(words(text)), Counter(words(accepted))
-    common = (given & wanted).total()
-    if not common:
-        return 0.0
-    return 2 * common / (given.total() + wanted.total())
+    return (given & wanted).total(), given.total(), wanted.total()
 
 
 def _without_accents(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from retain.models.generation import Generated, generate, has_chat_template, render
 from retain.probes.base import Item, Outcome, Probe, Progress, Subject
@@ -18,6 +18,9 @@ class WrittenProbe(Probe):
     """
 
     max_tokens: ClassVar[int] = 64
+    settings = frozenset({"max_tokens"})
+    written = True  # False in a probe that was told not to let the model write
+    graded = False  # True where a score between 0 and 1 is neither right nor wrong
 
     def limit(self, item: Item) -> int:
         """Most tokens that the answer to an item may have."""
@@ -35,12 +38,18 @@ class WrittenProbe(Probe):
             details |= {"written": answer.tokens, "finished": answer.finished}
             if answer.truncated:
                 details["truncated"] = answer.truncated
-            rows.append(Outcome(item.id, prompt, reference, answer.text, float(score), score == 1.0, details=details))
+            right = None if self.graded else score == 1.0
+            rows.append(Outcome(item.id, prompt, reference, answer.text, float(score), right, details=details))
         return rows
 
     def look(self, subject: Subject, progress: Progress = lambda n: None) -> list[Outcome]:
         """Ask every item; outcomes in the order of `self.items`."""
         return look_together([self], subject, progress)[0]
+
+
+def is_written(probe: Probe) -> TypeGuard[WrittenProbe]:
+    """Whether the model answers in its own words."""
+    return isinstance(probe, WrittenProbe) and probe.written
 
 
 def look_together(
@@ -75,11 +84,11 @@ def ask(probes: Sequence[Probe], subject: Subject, progress: Progress = lambda n
         subject: the model under test.
         progress: called with the number of items just finished; they add up to the items of all probes.
     """
-    written = [probe for probe in probes if isinstance(probe, WrittenProbe)]
+    written = [probe for probe in probes if is_written(probe)]
     answered = iter(look_together(written, subject, progress) if written else [])
     rows = []
     for probe in probes:
-        outcomes = next(answered) if isinstance(probe, WrittenProbe) else probe.look(subject, progress)
+        outcomes = next(answered) if is_written(probe) else probe.look(subject, progress)
         rows += [_row(probe, outcome) for outcome in outcomes]
     return rows
 

@@ -60,15 +60,22 @@ class Probe:
     """A named set of items of one kind. A kind is one file with one subclass, which overrides `look`."""
 
     kind: ClassVar[str]
-    metric: ClassVar[str]
+    metric: str  # of the kind, or of a probe whose options say what is measured
     group: str = "capability"  # knowledge | capability | behaviour, unless the items say otherwise
     higher_is_better: ClassVar[bool] = True
     fewest: ClassVar[int] = 1  # items without which there is no interval: right or wrong has one from the first on
     fields: ClassVar[frozenset[str]]  # what a row must have; how a file without `kind` is recognised
+    shared: ClassVar[frozenset[str]] = frozenset()  # fields that a row may leave to the probe where it says its `kind`
+    settings: ClassVar[frozenset[str]] = frozenset()  # options that have an effect, for the probe or in a row
 
     def __init__(self, name: str, items: Sequence[Item], group: str | None = None, **options: Any):
         self.name, self.items, self.options = name, list(items), options
         self.group = group or type(self).group
+
+    def option(self, item: Item, name: str, default: Any = None) -> Any:
+        """What an item says, or else the probe, or else the default."""
+        given = item.fields.get(name)
+        return given if given is not None else self.options.get(name) or default
 
     @property
     def chance(self) -> float | None:

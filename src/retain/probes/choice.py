@@ -34,6 +34,7 @@ class Choice(Probe):
     metric = "accuracy"
     group = "knowledge"
     fields = frozenset({"prompt", "choices", "answer"})
+    settings = frozenset({"normalisation", "layout"})
 
     def __init__(self, name: str, items: list[Item], group: str | None = None, **options: Any):
         super().__init__(name, items, group, **options)
@@ -48,7 +49,7 @@ class Choice(Probe):
                     f"0 to {len(choices) - 1}."
                 )
             for option, allowed in (("normalisation", _NORMALISATIONS), ("layout", _LAYOUTS)):
-                if (word := self._option(item, option, allowed[0])) not in allowed:
+                if (word := self.option(item, option, allowed[0])) not in allowed:
                     raise DataError(unknown(f"{where}, {option}", str(word), allowed))
 
     @property
@@ -100,14 +101,11 @@ class Choice(Probe):
             outcomes.append(Outcome(item.id, prompt, texts[answer], texts[best], float(right), right, details=details))
         return outcomes
 
-    def _option(self, item: Item, name: str, default: str) -> Any:
-        return item.fields.get(name) or self.options.get(name) or default
-
     def _normalisation(self, item: Item) -> str:
-        return self._option(item, "normalisation", "characters")
+        return self.option(item, "normalisation", "characters")
 
     def _layout(self, item: Item, subject: Subject) -> str:
-        prompt, layout = item.fields["prompt"], self._option(item, "layout", "auto")
+        prompt, layout = item.fields["prompt"], self.option(item, "layout", "auto")
         if layout == "chat" and subject.chat and has_chat_template(subject.tokenizer):
             return render(subject.tokenizer, prompt)
         if layout in ("question", "chat") or (layout == "auto" and re.search(r"[?？]\s*$", prompt)):

@@ -19,6 +19,7 @@ class Perplexity(Probe):
     higher_is_better = False
     fewest = 2
     fields = frozenset({"text"})
+    settings = frozenset({"window", "stride"})
 
     def look(self, subject: Subject, progress: Progress = lambda n: None) -> list[Outcome]:
         """Score every text; outcomes in the order of `self.items`."""

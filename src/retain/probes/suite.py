@@ -5,6 +5,7 @@ A row says what it is (`probe`, `kind`, `group`, `id`) or it is told by its fiel
     prompt (or question), choices, answer      choice       good, bad          pair
     prompt, answers (or final, or response)    answer       text               perplexity
     prompt, check                              instruction  prompt, safe       refusal
+    prompt, labels, label                      classification
 
 What a row does not say is derived: the probe's name from the file, the id from the content, the group from the
 kind. The kinds are the modules of this package; there is no list to keep.
@@ -73,7 +74,7 @@ def load_probes(
         name: name for rows that do not say their probe; the stem of the file by default.
         seed: of the sample.
         say: told what was left out.
-        options: options of the probes, such as `normalisation`, `layout`, `max_tokens`, `window`.
+        options: options of the probes, such as `score`, `normalisation`, `layout`, `max_tokens`, `window`.
 
     Raises:
         DataError: nothing there; a row that is malformed, incomplete, twice there, or of no known kind.
@@ -238,7 +239,7 @@ def _item(where: str, row: dict[str, Any]) -> tuple[type[Probe], str, Item]:
     if kind not in known:
         raise DataError(unknown(f"{where}, kind", str(kind), known))
     cls = known[kind]
-    if missing := sorted(cls.fields - fields.keys()):
+    if missing := sorted(cls.fields - cls.shared - fields.keys()):
         raise DataError(f"{where}: {', '.join(missing)} missing. Kind '{kind}' needs {', '.join(sorted(cls.fields))}.")
     for key in sorted(cls.fields & {"prompt", "good", "bad", "text"}):
         if not isinstance(fields[key], str) or not fields[key].strip():
