@@ -26,7 +26,7 @@ app = typer.Typer(
 STOPPED = 130
 
 #: In the order in which a newcomer needs them; files that are not named here follow.
-_ORDER = ["demo", "run", "plan", "probe", "compare", "report", "methods", "synth", "export", "doctor"]
+_ORDER = ["demo", "run", "plan", "probe", "compare", "report", "simulate", "methods", "synth", "export", "doctor"]
 
 
 @app.callback()
