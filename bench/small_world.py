@@ -143,6 +143,18 @@ def answers(model: Any, family: str) -> str:
     return "".join("01"[int(r)] for r in right)
 
 
+@torch.no_grad()
+def answer_loss(model: Any, family: str) -> float:
+    """Mean −log p, in nats per token, of the right answers of the exam."""
+    ids, labels = _encoded(exam(family))
+    training = model.training
+    model.eval()
+    mask = (ids != tokenizer().pad_token_id).long()
+    loss = float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
+    model.train(training)
+    return loss
+
+
 def _childhood(seed: int) -> list[Row]:
     """What the model grows up with: A, and copying and reversing of any three words, so that it knows all of them."""
     draw = random.Random(f"childhood {seed}")

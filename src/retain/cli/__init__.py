@@ -26,7 +26,10 @@ app = typer.Typer(
 STOPPED = 130
 
 #: In the order in which a newcomer needs them; files that are not named here follow.
-_ORDER = ["demo", "run", "plan", "probe", "retention", "compare", "report", "methods", "synth", "export", "doctor"]
+_ORDER = [
+    *("demo", "run", "plan", "probe", "retention", "compare", "report", "simulate"),
+    *("methods", "synth", "export", "doctor"),
+]
 
 
 @app.callback()

@@ -76,7 +76,9 @@ def paired_interval(
     A plain bootstrap is blind to what did not happen: no flip on 20 items gives [0, 0], although one item in
     eight may flip in truth. For right/wrong scores (and unweighted scores of which fewer than ten changed by
     at most 1) one lost and one gained item are therefore added before resampling, which is the bootstrap form
-    of the adjusted interval of Bonett & Price (2012, J. Educ. Behav. Stat. 37:479). Otherwise BCa.
+    of the adjusted interval of Bonett & Price (2012, J. Educ. Behav. Stat. 37:479). Otherwise BCa,
+    no end nearer than that of Student's t: where a third of a few dozen items changed, the skew that BCa corrects for
+    is mostly noise, and BCa alone held the truth 90 to 93 times in 100 in simulated runs.
 
     Args and errors: as `mean_interval`; `before` and `after` are (n,) in the same order of items.
     """
@@ -113,7 +115,11 @@ def macro_interval(
         padded.append(pad(plain[-1], [size]) if size else plain[-1])
     value = float(_macro([units.sum(0) for units in plain]))
     smoothed = any(len(a) != len(b) for a, b in zip(plain, padded))
-    return bootstrap(padded, _macro, confidence, resamples, seed, value, bca=not smoothed)
+    found = bootstrap(padded, _macro, confidence, resamples, seed, value, bca=not smoothed)
+    if smoothed or len(plain) > 1:
+        return found
+    half = _student_half(plain[0], value, confidence)
+    return Interval(value, min(found.low, value - half), max(found.high, value + half))
 
 
 def two_level_interval(
@@ -354,6 +360,13 @@ def _ratio(sums: Sums) -> NDArray[np.float64]:
 
 def _macro(sums: Sums) -> NDArray[np.float64]:
     return np.mean([s[..., 0] / s[..., 1] for s in sums], axis=0)
+
+
+def _student_half(units: NDArray[np.float64], value: float, confidence: float) -> float:
+    """Half of Student's t interval of a ratio of sums, linearised; Σwv and Σw per unit (n, 2)."""
+    count = len(units)
+    residual = (units[:, 0] - value * units[:, 1]) / units[:, 1].mean()
+    return float(stats.t.ppf((1 + confidence) / 2, count - 1) * math.sqrt((residual**2).sum() / (count - 1) / count))
 
 
 def _widened(tail: float, units: int) -> float:
