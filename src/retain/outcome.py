@@ -8,6 +8,8 @@ from typing import Any
 
 from retain import analysis
 from retain.config import RunConfig
+from retain.drift import drift
+from retain.items import is_divergence
 from retain.results import ProbeInfo, Results, Sequence, StepSummary, Thresholds, load_items
 from retain.rundir import BASE, RunDirectory
 
@@ -44,7 +46,9 @@ def outcome(
     rows = analysis.matrix(scores, probes, names) if measured == names else []
     first, last = tables[BASE], tables[stages[-1]]
     margins = thresholds.model_dump(include={"margin", "margin_nats"})
-    changes = analysis.changes(first, last, probes, confidence, **margins)
+    judged = [info for info in probes if not is_divergence(info)]  # a divergence is no ability: it begins at 0
+    changes = analysis.changes(first, last, judged, confidence, **margins)
+    differences = {stage: drift(first, tables[stage], probes, confidence) for stage in stages[1:]}
     settings = thresholds.model_dump(exclude={*margins})
     summaries = [place.done(stage) or {} for stage in stages[1:]]
     return Results(
@@ -62,12 +66,13 @@ def outcome(
         scores=scores,
         matrix=rows,
         sequence=analysis.sequence(rows) if rows else Sequence(**dict.fromkeys(Sequence.model_fields)),
-        group_deltas=analysis.group_deltas(tables, probes, confidence),
+        group_deltas=analysis.group_deltas(tables, judged, confidence),
         changes=changes,
-        verdict=analysis.verdict(changes, probes, first, last, confidence=confidence, **settings),
+        verdict=analysis.verdict(changes, judged, first, last, confidence=confidence, **settings),
         training=[StepSummary(**{k: v for k, v in s.items() if k != "kind"}) for s in summaries],
         notes=notes,
         thresholds=thresholds,
+        drift={stage: found for stage, found in differences.items() if found is not None},
         ahead=ahead,
     )
 
