@@ -129,11 +129,14 @@ def _calibration(answers: Sequence[_Answer], confidence: float, seed: int) -> di
         change = calibration.calibration_change(
             (old, old_right), (new, new_right), confidence, adaptive=adaptive, seed=seed
         )
-        ends = (calibration.calibration_error(*side, adaptive=adaptive) for side in ((old, old_right), (new, new_right)))
-        first, second = ends
-        found[name] = Shift(before=first, after=second, difference=estimate(change), items=len(judged))
+        found[name] = Shift(
+            before=calibration.calibration_error(old, old_right, adaptive=adaptive),
+            after=calibration.calibration_error(new, new_right, adaptive=adaptive),
+            difference=estimate(change),
+            items=len(judged),
+        )
     for name, first, second in (("brier", old_brier, new_brier), ("confidence", old, new)):
-        if (shift := _shift(first, second, confidence, seed)) is not None:
+        if (shift := _shift(first.tolist(), second.tolist(), confidence, seed)) is not None:
             found[name] = shift
     return found
 

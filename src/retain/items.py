@@ -80,9 +80,7 @@ def score(rows: Rows, info: ProbeInfo, confidence: float = 0.95, seed: int = 0) 
             interval = statistics.mean_interval(items.scores / items.tokens, confidence, items.tokens, seed=seed)
             return Estimate(**{name: math.exp(end) for name, end in interval._asdict().items()})
         if is_divergence(info):
-            return estimate(
-                statistics.mean_interval(items.scores / items.tokens, confidence, items.tokens, seed=seed)
-            )
+            return estimate(statistics.mean_interval(items.scores / items.tokens, confidence, items.tokens, seed=seed))
         return estimate(statistics.mean_interval(items.scores, confidence, seed=seed))
     except DataError as error:
         raise RunError(f"probe '{info.name}': {error}") from error
@@ -226,7 +224,8 @@ def align(before: Rows, after: Rows, info: ProbeInfo) -> Pair:
             f"probe '{info.name}': item '{item}' has other tokens before and after. Perplexities of "
             "different tokenizers cannot be compared: use the tokenizer of the base."
         )
-    return Pair(old, new, "perplexity" if is_perplexity(info) else "other", (new.scores - old.scores) / old.tokens, old.tokens)
+    kind: Kind = "perplexity" if is_perplexity(info) else "other"
+    return Pair(old, new, kind, (new.scores - old.scores) / old.tokens, old.tokens)
 
 
 def by_probe(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:

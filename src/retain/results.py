@@ -148,7 +148,7 @@ class StepSummary(_Record):
 
 
 class Shift(_Record):
-    """The mean of a number over the answers of the base and of a later stage; `difference` is after − before, paired."""
+    """A number of the answers of the base and of a later stage; `difference` is after − before, paired over items."""
 
     before: float
     after: float
@@ -159,8 +159,8 @@ class Shift(_Record):
 class Drift(_Record):
     """How the answers of a stage differ from the base's own answers to the same old questions (`drift.drift`).
 
-    `agreement`: share of `choices` with the same option chosen, of `answers` that are the same text, of the text that is
-    the same up to the first difference (`beginning`), and of the base's likeliest next `tokens` on fixed contexts.
+    `agreement`: share of `choices` with the same option chosen, of `answers` that are the same text, of a text that is
+    the same up to the first difference (`beginning`), of the base's likeliest next `tokens` in fixed contexts.
     `shifts`: by the names of `drift.SHIFTS`. `divergence`: probe → forward KL from the base, in nats per token.
     """
 

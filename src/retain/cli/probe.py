@@ -28,11 +28,12 @@ def command(
     from retain.inputs import probe_info, require_items
     from retain.models.load import load_model
     from retain.models.params import computes_bf16
-    from retain.pipeline import load_run
+    from retain.pipeline import base_of_run, load_run
     from retain.probes.asking import ask
-    from retain.probes.base import Subject
+    from retain.probes.base import Origin, Subject
     from retain.probes.suite import load_probes
     from retain.results import save_items
+    from retain.rundir import RunDirectory
     from retain.training.watch import bar
 
     chosen = []
@@ -40,13 +41,17 @@ def command(
         for probe in load_probes(source, limit):
             require_items(probe, source, {"--limit": limit})
             chosen.append(probe)
-    network, tokenizer = load_run(model) if (Path(model) / "run.yaml").is_file() else load_model(model)
+    is_run = (Path(model) / "run.yaml").is_file()
+    network, tokenizer = load_run(model) if is_run else load_model(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
+    origin = None
+    if is_run:
+        origin = Origin(lambda: base_of_run(model, device), RunDirectory(model).base_outputs, keep=False)
     out = console()
     with bar(transient=True, console=out) as progress, torch.autocast(device, torch.bfloat16, computes_bf16(device)):
         job = progress.add_task(f"probing {model}", total=sum(len(p.items) for p in chosen), note="")
-        rows = ask(chosen, Subject(network, tokenizer), lambda n: progress.update(job, advance=n))
+        rows = ask(chosen, Subject(network, tokenizer, origin=origin), lambda n: progress.update(job, advance=n))
     if items:
         save_items(rows, Path(items))
     table = Table("probe", "group", "metric", "items", "score", "95 %", "chance", title=f"{model}")

@@ -60,7 +60,7 @@ def bin_of(confidence: ArrayLike, bins: int = BINS, adaptive: bool = False) -> N
 
 
 def calibration_error(confidence: ArrayLike, right: ArrayLike, bins: int = BINS, adaptive: bool = False) -> float:
-    """Expected calibration error Σ_m (n_m/n) |mean right − mean confidence| over bins (Guo 2017, arXiv:1706.04599, eq. 3).
+    """Expected calibration error Σ_m (n_m/n) |mean right − mean confidence| (Guo 2017, arXiv:1706.04599, eq. 3).
 
     Args:
         confidence: (n,), between 0 and 1.
