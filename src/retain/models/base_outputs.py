@@ -82,7 +82,8 @@ def compare(
     for i, logits in _outputs(model, tokenizer, [one.context for one in said], batch_tokens):
         ids = said[i].ids.to(logits.device).long()
         nats = divergence.top_k_kl(ids, said[i].log_probs.to(logits.device), logits).double().clamp(min=0)
-        same = (logits.argmax(-1) == ids[:, 0]).double().mean()
+        log_p = divergence.top_k(logits, 1)[1]  # by its value: of tokens that tie, either is the likeliest
+        same = (torch.log_softmax(logits.to(log_p.dtype), -1).gather(1, ids[:, :1]) >= log_p).double().mean()
         yield i, Gap(float(nats.sum()), float(nats.max()), float(same), ids.shape[1] == logits.shape[-1])
 
 
