@@ -122,5 +122,5 @@ def test_what_is_read_is_what_was_written(base, tokenizer, contexts, tmp_path):
 def test_a_damaged_file_is_named(tmp_path):
     path = tmp_path / "said.safetensors"
     path.write_bytes(b"half a file")
-    with pytest.raises(RunError, match="said.safetensors: damaged .*Delete it"):
+    with pytest.raises(RunError, match=r"said\.safetensors: damaged .*Delete it"):
         base_outputs.load(path)

@@ -11,6 +11,7 @@ and exact for k = V. The base itself has 0.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def save(said: Mapping[str, Said], path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata={str(place): name for place, name in enumerate(said)})
+    save_file(tensors, partial, metadata={"names": json.dumps(list(said))})  # one key: of several the order is chance
     partial.replace(path)
 
 
@@ -112,15 +113,15 @@ def load(path: Path) -> dict[str, Said]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            names = file.metadata() or {}
+            names = json.loads(file.metadata()["names"])
         lengths, firsts = tensors["lengths"].tolist(), tensors["firsts"].tolist()
         rows = tensors["tokens"].split(lengths)
         outputs = [tensors[key].split([n - f for n, f in zip(lengths, firsts)]) for key in ("ids", "log_probs")]
         return {
-            names[str(i)]: Said(Context(rows[i].tolist(), first), outputs[0][i], outputs[1][i])
+            names[i]: Said(Context(rows[i].tolist(), first), outputs[0][i], outputs[1][i])
             for i, first in enumerate(firsts)
         }
-    except (SafetensorError, KeyError, OSError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise RunError(f"{path}: damaged ({first}). Delete it: the base is then asked again.") from error
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from retain.report import flips as flip
 from retain.report import changed, judged, wording
+from retain.report import flips as flip
 from retain.results import Change, ProbeInfo, Results, StepSummary, write_text
 
 EXAMPLES = 10
