@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from retain.drift import SHIFTS
 from retain.functional.flip_shares import Outcomes, lost_shares
 from retain.functional.statistics import macro_interval
+from retain.report.changed import AGREEMENT
 from retain.results import (
     Change,
+    Drift,
     Estimate,
     ProbeInfo,
     Results,
+    Shift,
     StepSummary,
     Verdict,
     save_items,
@@ -86,6 +90,21 @@ def _estimate(interval) -> Estimate:
 def _judged(infos: list[ProbeInfo], first: dict, last: dict) -> list[Outcomes]:
     old = [i for i in infos if i.role == "reference" and i.name in first]
     return [Outcomes(first[i.name], last[i.name], _options(i)) for i in old]
+
+
+def _drift(drop: float) -> Drift:
+    """Every number that there is, smaller after by `drop`."""
+    agreement = {name: Estimate(value=1 - drop, low=0.9 - drop, high=1.0) for name in AGREEMENT}
+    shifts = {
+        name: Shift(
+            before=0.4 + place,
+            after=(0.4 + place) * (1 - drop),
+            difference=Estimate(value=-drop * (0.4 + place), low=-drop * (0.6 + place), high=-drop * (0.2 + place)),
+            items=100 + place,
+        )
+        for place, name in enumerate(SHIFTS)
+    }
+    return Drift(agreement=agreement, shifts=shifts, divergence={"kl": Estimate(value=drop, low=0.011, high=0.789)})
 
 
 def _group_deltas(infos: list[ProbeInfo], outcomes: dict, stages: Sequence[str]) -> dict:
@@ -233,6 +252,7 @@ def build_run(
         changes=changes,
         group_deltas=_group_deltas(infos, outcomes, stages),
         verdict=verdict,
+        drift={stage: _drift(drop) for stage in stages[1:]},
         training=[
             StepSummary(
                 task=task,

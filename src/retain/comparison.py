@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -83,4 +84,6 @@ def share_baseline(source: RunDirectory, config: RunConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_bytes(answers)
+    if source.base_outputs.is_dir():
+        shutil.copytree(source.base_outputs, place.base_outputs, dirs_exist_ok=True)
     os.replace(partial, path)

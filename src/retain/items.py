@@ -4,7 +4,8 @@ Rows are those of `results.ITEM_COLUMNS`. Three kinds of probe are told apart:
 
 - perplexity (`metric` is "perplexity"): compared as nats per token over the same tokens, documents resampled;
 - scores between 0 and 1: compared as they are; where lower is better, relative numbers use 1 − score;
-- other scores (lengths, divergences): compared as they are, and left out of means over probes.
+- other scores (lengths, divergences): compared as they are, and left out of means over probes. A divergence from the
+  base (`metric` is "KL") is compared per token, as perplexity is.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def score(rows: Rows, info: ProbeInfo, confidence: float = 0.95, seed: int = 0) 
     """One probe at one stage, with its interval.
 
     Mean of the item scores (Wilson for 0/1, else bootstrap over items); for perplexity
-    exp(Σ score / Σ tokens) with a bootstrap over documents.
+    exp(Σ score / Σ tokens) with a bootstrap over documents, and for a divergence Σ score / Σ tokens.
 
     Args:
         rows: the rows of this probe at one stage.
@@ -78,6 +79,8 @@ def score(rows: Rows, info: ProbeInfo, confidence: float = 0.95, seed: int = 0) 
         if is_perplexity(info):
             interval = statistics.mean_interval(items.scores / items.tokens, confidence, items.tokens, seed=seed)
             return Estimate(**{name: math.exp(end) for name, end in interval._asdict().items()})
+        if is_divergence(info):
+            return estimate(statistics.mean_interval(items.scores / items.tokens, confidence, items.tokens, seed=seed))
         return estimate(statistics.mean_interval(items.scores, confidence, seed=seed))
     except DataError as error:
         raise RunError(f"probe '{info.name}': {error}") from error
@@ -177,14 +180,14 @@ def read(rows: Rows, info: ProbeInfo) -> Items:
         bad = ids[int(np.argmin(np.isfinite(scores)))]
         raise RunError(f"{where}: the score of item '{bad}' is not a finite number. Run this probe again.")
     tokens = np.array([row.get("tokens") or 0 for row in rows], dtype=float)
-    if is_perplexity(info) and (tokens <= 0).any():
+    if (is_perplexity(info) or is_divergence(info)) and (tokens <= 0).any():
         bad = ids[int(np.argmin(tokens))]
         raise RunError(f"{where}: item '{bad}' has no scored tokens. Leave out empty texts.")
     correct = [row.get("correct") for row in rows]
     right = None
     if all(flag is not None for flag in correct):
         right = np.array(correct, dtype=float)
-    elif not is_perplexity(info) and np.isin(scores, (0, 1)).all():
+    elif not (is_perplexity(info) or is_divergence(info)) and np.isin(scores, (0, 1)).all():
         right = scores if info.higher_is_better else 1 - scores
     return Items(ids, scores, tokens, right, [_choices(row.get("details")) for row in rows])
 
@@ -212,7 +215,7 @@ def align(before: Rows, after: Rows, info: ProbeInfo) -> Pair:
     if len(places) < len(after):
         read(after, info)  # names the item that appears twice
     new = read([places[item] for item in old.ids], info)
-    if not is_perplexity(info):
+    if not (is_perplexity(info) or is_divergence(info)):
         inside = all(((t.scores >= 0) & (t.scores <= 1)).all() for t in (old, new))
         return Pair(old, new, "unit" if inside else "other", new.scores - old.scores, None)
     if (old.tokens != new.tokens).any():
@@ -221,7 +224,8 @@ def align(before: Rows, after: Rows, info: ProbeInfo) -> Pair:
             f"probe '{info.name}': item '{item}' has other tokens before and after. Perplexities of "
             "different tokenizers cannot be compared: use the tokenizer of the base."
         )
-    return Pair(old, new, "perplexity", (new.scores - old.scores) / old.tokens, old.tokens)
+    kind: Kind = "perplexity" if is_perplexity(info) else "other"
+    return Pair(old, new, kind, (new.scores - old.scores) / old.tokens, old.tokens)
 
 
 def by_probe(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
@@ -293,3 +297,8 @@ def sign_of(info: ProbeInfo) -> int:
 def is_perplexity(info: ProbeInfo) -> bool:
     """Whether item scores are nats over `tokens` and the probe's score is exp of their mean per token."""
     return info.metric == "perplexity"
+
+
+def is_divergence(info: ProbeInfo) -> bool:
+    """Whether item scores are nats of divergence from the base, summed over `tokens`: 0 for the base, by definition."""
+    return info.metric == "KL"

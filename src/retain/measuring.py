@@ -11,14 +11,15 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from retain import analysis
 from retain.errors import ConfigError, DataError
 from retain.inputs import probe_info, require_items
+from retain.outcome import numbers
 from retain.results import (
     ProbeInfo,
     Results,
@@ -31,7 +32,7 @@ from retain.results import (
 from retain.results import (
     Sequence as Numbers,
 )
-from retain.rundir import stage_name
+from retain.rundir import RunDirectory, stage_name
 
 Say = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -67,7 +68,19 @@ def open_probes(sources: Sequence[str], limit: int | None = None, say: Say = pri
     return found
 
 
-def answers(model: Any, tokenizer: Any, probes: Sequence[Any], progress: Progress = lambda n: None) -> list[Any]:
+def origin_of(name: str) -> Any:
+    """The base of a run, for probes that compare with it; None for other models."""
+    from retain.pipeline import base_of_run
+    from retain.probes.base import Origin
+
+    if not (Path(name) / "run.yaml").is_file():
+        return None
+    return Origin(lambda: base_of_run(name, _device()), RunDirectory(name).base_outputs, keep=False)
+
+
+def answers(
+    model: Any, tokenizer: Any, probes: Sequence[Any], progress: Progress = lambda n: None, origin: Any = None
+) -> list[Any]:
     """Item rows of a model, asked where there is an accelerator, in bfloat16 where it computes that."""
     import torch
 
@@ -75,11 +88,17 @@ def answers(model: Any, tokenizer: Any, probes: Sequence[Any], progress: Progres
     from retain.probes.asking import ask
     from retain.probes.base import Subject
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     if not getattr(model, "is_quantized", False):
         model.to(device)
     with torch.autocast(device, torch.bfloat16, computes_bf16(device)):
-        return ask(probes, Subject(model, tokenizer), progress)
+        return ask(probes, Subject(model, tokenizer, origin=origin), progress)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def compare_models(
@@ -107,6 +126,7 @@ def compare_models(
         ConfigError: fewer than two models.
         RetainError: as `open_model` and `open_probes`.
     """
+    from retain.probes.base import Origin
     from retain.report.page import write_report
 
     if len(names) < 2:
@@ -114,9 +134,14 @@ def compare_models(
     probes = open_probes(sources, limit, say)
     infos = [probe_info(probe, "reference", None) for probe in probes]
     labels, tables = _labels(names), []
+    origin = Origin(lambda: open_model(names[0])[0].to(_device()), folder / "answers" / "base")
+    base = ""  # whose weights the answers of others depend on, where a probe compares with them
     for label, name in zip(labels, names):
         path = folder / "answers" / f"{label}.parquet"
-        tables.append(_asked(name, probes, path, say, watched))
+        rows, stamp = _asked(name, probes, path, say, watched, origin, base)
+        tables.append(rows)
+        if any(probe.kind == "divergence" for probe in probes):
+            base = base or stamp
     command = shlex.join(["retain", "compare", *names, *(w for s in sources for w in ("--probes", s))])
     places = []
     for label, table in zip(labels[1:], tables[1:]):
@@ -131,30 +156,29 @@ def compare_models(
     return places
 
 
-def _asked(name: str, probes: Sequence[Any], path: Path, say: Say, watched: Any) -> list[Any]:
-    """Answers of a model: those that are kept in `path` where weights, chat template and items are the same."""
+def _asked(name: str, probes: Sequence[Any], path: Path, say: Say, watched: Any, origin: Any, base: str) -> Any:
+    """(answers, what they depend on): those kept in `path` where weights, chat template, base and items are the same."""
     from retain.models.own_rows import fingerprint
 
     model, tokenizer = open_model(name)
     items = [(probe.name, item.id) for probe in probes for item in probe.items]
     template = getattr(tokenizer, "chat_template", None) or ""
     asked = json.dumps([sorted(probe.options.items()) for probe in probes], default=str)
-    stamp = hashlib.blake2b(f"{fingerprint(model)} {template} {asked}".encode(), digest_size=16).hexdigest()
+    stamp = hashlib.blake2b(f"{fingerprint(model)} {template} {asked} {base}".encode(), digest_size=16).hexdigest()
     about = path.with_suffix(".json")
     if path.is_file() and about.is_file() and json.loads(about.read_text()) == stamp:
         rows = load_items(path)
         if [(row["probe"], row["item"]) for row in rows] == items:
             say(f"{name}: answers from before, {path}.")
-            return rows
-    if watched is None:
-        rows = answers(model, tokenizer, probes)
-    else:
-        with watched(name, len(items)) as progress:
-            rows = answers(model, tokenizer, probes, progress)
+            return rows, stamp
+    if not base:  # the first one: what it said in contexts is of other weights
+        shutil.rmtree(origin.folder, ignore_errors=True)
+    with nullcontext(lambda n: None) if watched is None else watched(name, len(items)) as progress:
+        rows = answers(model, tokenizer, probes, progress, origin)
     about.unlink(missing_ok=True)
     save_items(rows, path)
     write_text(about, json.dumps(stamp) + "\n")  # last: it says that the answers are whole
-    return rows
+    return rows, stamp
 
 
 def _labels(names: Sequence[str]) -> list[str]:
@@ -174,12 +198,6 @@ def _results(
     label: str, first: str, stages: list[str], infos: list[ProbeInfo], tables: tuple[Any, Any], command: str
 ) -> Results:
     thresholds = Thresholds()
-    margins = thresholds.model_dump(include={"margin", "margin_nats"})
-    changes = analysis.changes(*tables, infos, **margins)
-    scores = {
-        stage: {info.name: analysis.score([r for r in rows if r["probe"] == info.name], info) for info in infos}
-        for stage, rows in zip(stages, tables)
-    }
     return Results(
         name=label,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -191,12 +209,9 @@ def _results(
         tasks=[],
         stages=stages,
         probes=infos,
-        scores=scores,
         matrix=[],
         sequence=Numbers(**dict.fromkeys(Numbers.model_fields)),
-        group_deltas=analysis.group_deltas(dict(zip(stages, tables)), infos),
-        changes=changes,
-        verdict=analysis.verdict(changes, infos, *tables, **thresholds.model_dump(exclude={*margins})),
         training=[],
         thresholds=thresholds,
+        **numbers(dict(zip(stages, tables)), infos, 0.95, thresholds),
     )

@@ -8,8 +8,10 @@ from typing import Any
 
 from retain import analysis
 from retain.config import RunConfig
+from retain.drift import drift
+from retain.items import is_divergence
 from retain.results import ProbeInfo, Results, Sequence, StepSummary, Thresholds, Totals, load_items
-from retain.rundir import BASE, RunDirectory
+from retain.rundir import RunDirectory
 from retain.totals import totals
 
 
@@ -37,16 +39,9 @@ def outcome(
     probes = [info for info in probes if info.task not in ahead]
     tables = {stage: load_items(place.items(stage)) for stage in stages}
 
-    def score(stage: str, info: ProbeInfo) -> Any:
-        return analysis.score([r for r in tables[stage] if r["probe"] == info.name], info, confidence)
-
-    scores = {stage: {info.name: score(stage, info) for info in probes} for stage in stages}
+    found = numbers(tables, probes, confidence, thresholds)
     measured = [n for n in names if any(i.task == n for i in probes)]
-    rows = analysis.matrix(scores, probes, names) if measured == names else []
-    first, last = tables[BASE], tables[stages[-1]]
-    margins = thresholds.model_dump(include={"margin", "margin_nats"})
-    changes = analysis.changes(first, last, probes, confidence, **margins)
-    settings = thresholds.model_dump(exclude={*margins})
+    rows = analysis.matrix(found["scores"], probes, names) if measured == names else []
     summaries = [place.done(stage) or {} for stage in stages[1:]]
     return Results(
         name=config.title,
@@ -60,18 +55,46 @@ def outcome(
         tasks=names,
         stages=stages,
         probes=probes,
-        scores=scores,
-        totals={stage: found for stage, rows in tables.items() if (found := _totals(rows, probes))},
         matrix=rows,
         sequence=analysis.sequence(rows) if rows else Sequence(**dict.fromkeys(Sequence.model_fields)),
-        group_deltas=analysis.group_deltas(tables, probes, confidence),
-        changes=changes,
-        verdict=analysis.verdict(changes, probes, first, last, confidence=confidence, **settings),
         training=[StepSummary(**{k: v for k, v in s.items() if k != "kind"}) for s in summaries],
         notes=notes,
         thresholds=thresholds,
         ahead=ahead,
+        **found,
     )
+
+
+def numbers(
+    tables: dict[str, list[dict[str, Any]]], probes: list[ProbeInfo], confidence: float, thresholds: Thresholds
+) -> dict[str, Any]:
+    """What `Results` says of answers alone: scores, totals, changes, deltas by group, verdict and drift.
+
+    Args:
+        tables: stage → item rows of all probes, the base first; changes are those of the last stage.
+
+    Raises:
+        RunError: as `analysis.changes`.
+    """
+
+    def score(stage: str, info: ProbeInfo) -> Any:
+        return analysis.score([r for r in tables[stage] if r["probe"] == info.name], info, confidence)
+
+    stages = list(tables)
+    first, last = tables[stages[0]], tables[stages[-1]]
+    margins = thresholds.model_dump(include={"margin", "margin_nats"})
+    settings = thresholds.model_dump(exclude={*margins})
+    judged = [info for info in probes if not is_divergence(info)]  # a divergence is no ability: it begins at 0
+    changes = analysis.changes(first, last, judged, confidence, **margins)
+    differences = {stage: drift(first, tables[stage], probes, confidence) for stage in stages[1:]}
+    return {
+        "scores": {stage: {info.name: score(stage, info) for info in probes} for stage in stages},
+        "totals": {stage: found for stage, rows in tables.items() if (found := _totals(rows, probes))},
+        "group_deltas": analysis.group_deltas(tables, judged, confidence),
+        "changes": changes,
+        "verdict": analysis.verdict(changes, judged, first, last, confidence=confidence, **settings),
+        "drift": {stage: found for stage, found in differences.items() if found is not None},
+    }
 
 
 def _totals(rows: list[dict[str, Any]], probes: list[ProbeInfo]) -> dict[str, Totals]:

@@ -182,6 +182,12 @@ class _Runner:
             self.model = (index, load_stage(self.config.model, folders, device=self._device()))
         return self.model[1]
 
+    def _base(self) -> Any:
+        """The base, beside the model that is in memory."""
+        from retain.models.load import load_stage
+
+        return load_stage(self.config.model, [], device=self._device())
+
     def _device(self) -> str:
         """Where the model trains, so that the baseline is probed there too."""
         import torch
@@ -215,14 +221,18 @@ class _Runner:
     def _answers(self, stage: str, index: int, probes: list[Any]) -> list[dict[str, Any]]:
         """What the model of a stage answers: kept before a number is made of it, and not asked for twice."""
         from retain.probes.asking import ask
-        from retain.probes.base import Subject
+        from retain.probes.base import Origin, Subject
         from retain.training.watch import bar
 
         path = self.place.asked(stage)
         earlier = load_items(path) if path.is_file() else []
         if [(r["probe"], r["item"]) for r in earlier] == [(p.name, item.id) for p in probes for item in p.items]:
             return earlier
-        subject = Subject(self._model_of(index), self.tokenizer)
+        model = self._model_of(index)
+        # a private run keeps no token of what the base was shown: it is asked anew
+        folder = None if self.config.private else self.place.base_outputs
+        origin = Origin(lambda: model if index == 0 else self._base(), folder)
+        subject = Subject(model, self.tokenizer, origin=origin)
         with bar(transient=True) as progress:
             job = progress.add_task(f"probing {stage}", total=sum(len(p.items) for p in probes), note="")
             with self._precision():
@@ -365,3 +375,14 @@ def load_run(directory: str | Path, stage: str | None = None, task: str | None =
         base, _ = load_model(config.model, tokenizer=False)
         model = ownership.select(model, base, place.path, learned.index(task) + 1, upto)
     return model, load_tokenizer(config.model.name, config.model.revision)
+
+
+def base_of_run(directory: str | Path, device: str) -> Any:
+    """The model that a run began with.
+
+    Raises:
+        RunError: not a run directory.
+    """
+    from retain.models.load import load_stage
+
+    return load_stage(RunDirectory(directory).read_config().model, [], device=device)

@@ -163,6 +163,28 @@ class StepSummary(_Record):
     final_loss: float | None
 
 
+class Shift(_Record):
+    """A number of the answers of the base and of a later stage; `difference` is after − before, paired over items."""
+
+    before: float
+    after: float
+    difference: Estimate
+    items: int
+
+
+class Drift(_Record):
+    """How the answers of a stage differ from the base's own answers to the same old questions (`drift.drift`).
+
+    `agreement`: share of `choices` with the same option chosen, of `answers` that are the same text, of a text that is
+    the same up to the first difference (`beginning`), of the base's likeliest next `tokens` in fixed contexts.
+    `shifts`: by the names of `drift.SHIFTS`. `divergence`: probe → forward KL from the base, in nats per token.
+    """
+
+    agreement: dict[str, Estimate] = {}
+    shifts: dict[str, Shift] = {}
+    divergence: dict[str, Estimate] = {}
+
+
 class Results(_Record):
     """Everything a report needs apart from the item tables."""
 
@@ -183,11 +205,12 @@ class Results(_Record):
     matrix: list[list[float | None]]  # row 0 = base; matrix[i][j] = score on task j after task i
     sequence: Sequence
     group_deltas: dict[str, list[Estimate | None]] = {}  # group of old probes → change since the base, per later stage
-    changes: list[Change]  # base against the last stage, every probe
+    changes: list[Change]  # base against the last stage, every probe but divergences
     verdict: Verdict | None
     training: list[StepSummary]
     notes: list[str] = []  # what was done to the rows: held out, dropped, cut
     thresholds: Thresholds = Thresholds()
+    drift: dict[str, Drift] = {}  # later stage → how its answers differ from those of the base
     ahead: list[str] = []  # tasks that the run has still to learn; everything above is about those it has learned
 
     @property

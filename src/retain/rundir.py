@@ -60,6 +60,11 @@ class RunDirectory:
         """Answers of a stage while their numbers are not there yet; then they move to `items`."""
         return self.path / "probes" / f"{stage}.asked"
 
+    @property
+    def base_outputs(self) -> Path:
+        """What the base said in contexts in which later stages are compared with it."""
+        return self.path / "probes" / "base"
+
     def questions(self, name: str) -> Path:
         """A task's test rows as a probe file."""
         return self.path / "probes" / f"{name}.jsonl"

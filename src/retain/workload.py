@@ -193,7 +193,7 @@ def questions(probes: Sequence[Probe], tokenizer: Any) -> Questions:
         for item in probe.items:
             if is_written(probe):
                 prompt = render(tokenizer, item.fields["prompt"])
-                answers.append((probe.limit(item), len(tokenizer(prompt)["input_ids"])))
+                answers += [(probe.limit(item), len(tokenizer(prompt)["input_ids"]))] * probe.times(item)
             else:
                 texts += [text for text in item.fields.values() if isinstance(text, str)]
                 texts += map(str, item.fields.get("choices") or getattr(probe, "labels", []))

@@ -17,13 +17,15 @@ def write(folder, name, *rows):
 
 
 def test_kinds_are_the_modules():
-    assert set(kinds()) == {"answer", "choice", "classification", "instruction", "pair", "perplexity", "refusal"}
+    told = {"answer", "choice", "classification", "instruction", "pair", "perplexity", "refusal"}
+    assert set(kinds()) >= told | {"divergence", "hallucination"}
     assert all(kind == cls.kind == cls.__module__.rpartition(".")[2] for kind, cls in kinds().items())
 
 
 def test_the_built_in_suite_loads():
     probes = {probe.name: probe for probe in load_probes("core")}
-    assert {probe.kind for probe in probes.values()} == set(kinds()) - {"classification"}
+    elsewhere = {"classification", "divergence", "hallucination"}
+    assert {probe.kind for probe in probes.values()} == set(kinds()) - elsewhere
     assert probes["countries"].group == "knowledge"
     assert all(len({item.id for item in probe.items}) == len(probe.items) > 0 for probe in probes.values())
 
@@ -43,6 +45,7 @@ def test_the_built_in_suite_loads():
         ({"text": "T"}, "perplexity", {"text": "T"}),
         ({"prompt": "P", "check": {"words_max": 3}}, "instruction", {"check": {"words_max": 3}}),
         ({"prompt": "P", "safe": True}, "refusal", {"safe": True}),
+        ({"prompt": "P", "answers": ["R"], "answerable": True}, "hallucination", {"answers": ["R"]}),
         ({"prompt": "P", "label": "unsafe"}, "refusal", {"safe": False}),
         ({"prompt": "P", "label": "b", "labels": ["a", "b"]}, "classification", {"label": "b"}),
         ({"prompt": "P", "label": "b", "labels": ["a", "b"], "response": "b"}, "classification", {"label": "b"}),

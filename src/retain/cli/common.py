@@ -60,4 +60,4 @@ def answers(model: str, probes: Sequence[Any], screen: Any) -> list[dict[str, An
 
     opened = measuring.open_model(model)
     with probing(screen, model, sum(len(p.items) for p in probes)) as progress:
-        return measuring.answers(*opened, probes, progress)
+        return measuring.answers(*opened, probes, progress, measuring.origin_of(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ class Generated:
         tokens: number of tokens written, the stop token included.
         finished: True when the model stopped by itself, False when it ran into `max_new_tokens`.
         truncated: tokens cut from the left of the prompt because it did not fit the context.
+        ids: the tokens written, the stop token included; empty where a server wrote.
     """
 
     text: str
     tokens: int
     finished: bool
     truncated: int = 0
+    ids: list[int] = field(default_factory=list, compare=False, repr=False)
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -113,7 +115,7 @@ def generate(
     for limit in limits:
         if not 1 <= limit < room:
             raise ConfigError(f"max_new_tokens: {limit} given; allowed is 1 to {room - 1} for this model.")
-    ids = _encode_prompts(tokenizer, prompts)
+    ids = encode_prompts(tokenizer, prompts)
     cut = [max(0, len(tokens) + limit - room) for tokens, limit in zip(ids, limits, strict=True)]
     ids = [tokens[extra:] for tokens, extra in zip(ids, cut)]
     stops = stop_tokens(model, tokenizer)
@@ -132,7 +134,7 @@ def generate(
     return [answer for answer in answers if answer is not None]
 
 
-def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids; a rendered chat brings its own special tokens, other text gets the tokenizer's."""
     rendered = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     chat = has_chat_template(tokenizer)
@@ -161,4 +163,5 @@ def _read(tokenizer: Any, row: list[int], stops: set[int], truncated: int) -> Ge
     """Cut a row at its first stop token; what follows is padding."""
     end = next((place for place, token in enumerate(row) if token in stops), None)
     text = tokenizer.decode(row[:end], skip_special_tokens=True)
-    return Generated(text.strip(), len(row) if end is None else end + 1, end is not None, truncated)
+    ids = row if end is None else row[: end + 1]
+    return Generated(text.strip(), len(ids), end is not None, truncated, ids)

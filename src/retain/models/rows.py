@@ -111,16 +111,13 @@ def score_rows(
     progress: Progress,
 ) -> list[float]:
     """Sum of the log-probabilities per owner. Rows of like length go together, the longest first."""
-    if causal(model).get_input_embeddings().weight.device.type == "cpu":
-        batch_tokens = min(batch_tokens, _CPU_TOKENS)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad, batches = _passes(model, tokenizer, rows, batch_tokens)
     parts: list[list[float]] = [[] for _ in range(owners)]
     waiting = [0] * (max((i for row in rows for i in row.items), default=-1) + 1)
     for row in rows:
         for item in row.items:
             waiting[item] += 1
-    vocabulary = getattr(text_config(model), "vocab_size", None) or len(tokenizer)
-    for batch in _batches(rows, batch_tokens, max(1, _LOGIT_NUMBERS // vocabulary)):
+    for batch in batches:
         for owner, value in forward_rows(model, pad, batch):
             parts[owner].append(value)
         finished = 0
@@ -131,6 +128,27 @@ def score_rows(
         if finished:
             progress(finished)
     return [math.fsum(values) for values in parts]
+
+
+def row_logits(
+    model: torch.nn.Module, tokenizer: Any, rows: list[Row], batch_tokens: int
+) -> Iterator[tuple[Row, torch.Tensor]]:
+    """Every row without branches with the logits [targets, V] that predict its targets; the longest rows first."""
+    pad, batches = _passes(model, tokenizer, rows, batch_tokens)
+    for batch in batches:
+        logits, _ = _logits(model, pad, batch)
+        yield from zip(batch, logits.split([len(row.targets) for row in batch]))
+
+
+def _passes(
+    model: torch.nn.Module, tokenizer: Any, rows: list[Row], batch_tokens: int
+) -> tuple[int, Iterator[list[Row]]]:
+    """The padding token, and the rows of every pass."""
+    if causal(model).get_input_embeddings().weight.device.type == "cpu":
+        batch_tokens = min(batch_tokens, _CPU_TOKENS)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    vocabulary = getattr(text_config(model), "vocab_size", None) or len(tokenizer)
+    return pad, _batches(rows, batch_tokens, max(1, _LOGIT_NUMBERS // vocabulary))
 
 
 def _longest_first(pair: tuple[bool, Row]) -> tuple[bool, int]:
@@ -157,6 +175,17 @@ def _batches(rows: list[Row], batch_tokens: int, scored: int) -> Iterator[list[R
 
 def forward_rows(model: torch.nn.Module, pad: int, rows: list[Row]) -> list[tuple[int, float]]:
     """One pass: (owner, log p) of every target. Padded on the right; at least float32 after the head."""
+    logits, slots = _logits(model, pad, rows)
+    wanted = [(slots[i][t.place], t.token) for i, row in enumerate(rows) for t in row.targets]
+    slot, token = torch.tensor(wanted, device=logits.device).unbind(1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    normaliser = torch.cat([part.to(wide).logsumexp(-1) for part in logits.split(1024)])
+    values = (logits[slot, token].to(wide) - normaliser[slot]).tolist()
+    return list(zip([t.owner for row in rows for t in row.targets], values))
+
+
+def _logits(model: torch.nn.Module, pad: int, rows: list[Row]) -> tuple[torch.Tensor, list[list[int]]]:
+    """Logits [P, V] of one pass at the P places that predict a target, row by row; and row, place → index of these."""
     device = causal(model).get_input_embeddings().weight.device
     length = max(len(row.tokens) for row in rows)
 
@@ -168,7 +197,6 @@ def forward_rows(model: torch.nn.Module, pad: int, rows: list[Row]) -> list[tupl
     for i, row in enumerate(rows):
         keep[i, [target.place for target in row.targets]] = True
     slots = (keep.flatten().cumsum(0) - 1).view(keep.shape).tolist()  # place in the row → row of the logits
-    wanted = [(slots[i][t.place], t.token) for i, row in enumerate(rows) for t in row.targets]
     keep = keep.to(device)
 
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -191,12 +219,7 @@ def forward_rows(model: torch.nn.Module, pad: int, rows: list[Row]) -> list[tupl
     logits = model(**inputs).logits
     if logits.dim() == 3:
         logits = logits[:, -length:][keep]  # a learned prompt puts more positions in front
-
-    slot, token = torch.tensor(wanted, device=logits.device).unbind(1)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    normaliser = torch.cat([part.to(wide).logsumexp(-1) for part in logits.split(1024)])
-    values = (logits[slot, token].to(wide) - normaliser[slot]).tolist()
-    return list(zip([t.owner for row in rows for t in row.targets], values))
+    return logits, slots
 
 
 def _keeps_positions(model: torch.nn.Module) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeGuard
 
-from retain.models.generation import Generated, generate, has_chat_template, render
+from retain.models.generation import Generated, Prompt, generate, has_chat_template, render
 from retain.probes.base import Item, Outcome, Probe, Progress, Subject
 
 
@@ -26,6 +26,10 @@ class WrittenProbe(Probe):
         """Most tokens that the answer to an item may have."""
         return int(item.fields.get("max_tokens") or self.options.get("max_tokens") or self.max_tokens)
 
+    def times(self, item: Item) -> int:
+        """How often a question is asked."""
+        return 1
+
     def judge(self, item: Item, answer: Generated) -> tuple[float, str, dict[str, Any]]:
         """Score (0 to 1), reference as a text, and what else is to be kept."""
         raise NotImplementedError
@@ -42,6 +46,10 @@ class WrittenProbe(Probe):
             rows.append(Outcome(item.id, prompt, reference, answer.text, float(score), right, details=details))
         return rows
 
+    def asked_again(self, subject: Subject, outcomes: list[Outcome]) -> list[Outcome]:
+        """The rows with what more the model says to the same questions; a kind that samples overrides it."""
+        return outcomes
+
     def look(self, subject: Subject, progress: Progress = lambda n: None) -> list[Outcome]:
         """Ask every item; outcomes in the order of `self.items`."""
         return look_together([self], subject, progress)[0]
@@ -56,14 +64,12 @@ def look_together(
     probes: Sequence[WrittenProbe], subject: Subject, progress: Progress = lambda n: None
 ) -> list[list[Outcome]]:
     """Outcomes of every probe; all prompts go into the same batches."""
-    chat = subject.chat and has_chat_template(subject.tokenizer)
     items = [(probe, item) for probe in probes for item in probe.items]
-    messages = [[{"role": "user", "content": item.fields["prompt"]}] for _, item in items]
-    prompts = [render(subject.tokenizer, message, chat) for message in messages]
+    shown, prompts = shown_to(subject, [item for _, item in items])
     answers = generate(
         subject.model,
         subject.tokenizer,
-        messages if chat else prompts,
+        shown,
         max_new_tokens=[probe.limit(item) for probe, item in items],
         batch_tokens=subject.batch_tokens,
         progress=progress,
@@ -71,9 +77,17 @@ def look_together(
     found, start = [], 0
     for probe in probes:
         end = start + len(probe.items)
-        found.append(probe.outcomes(answers[start:end], prompts[start:end]))
+        found.append(probe.asked_again(subject, probe.outcomes(answers[start:end], prompts[start:end])))
         start = end
     return found
+
+
+def shown_to(subject: Subject, items: Sequence[Item]) -> tuple[list[Prompt], list[str]]:
+    """Prompts of items as `generate` takes them, through the chat template where there is one, and as texts."""
+    chat = subject.chat and has_chat_template(subject.tokenizer)
+    messages = [[{"role": "user", "content": item.fields["prompt"]}] for item in items]
+    prompts = [render(subject.tokenizer, message, chat) for message in messages]
+    return list(messages if chat else prompts), prompts
 
 
 def ask(probes: Sequence[Probe], subject: Subject, progress: Progress = lambda n: None) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ class Item:
     """One question of a probe.
 
     `fields` holds what the kind needs: `prompt`, `answers`, `choices`, `answer`, `good`, `bad`, `text`,
-    `check`, `safe`. `id` is stable: given in the file, else a hash of the fields.
+    `check`, `safe`, `answerable`. `id` is stable: given in the file, else a hash of the fields.
     """
 
     id: str
@@ -36,6 +37,21 @@ class Outcome:
 
 
 @dataclass
+class Origin:
+    """The base of a model under test, for probes that compare with it.
+
+    Args:
+        load: gives the base, on the device of the model under test; called only where nothing is kept.
+        folder: where what it said is kept; None where nothing may be.
+        keep: write there what is not there yet.
+    """
+
+    load: Callable[[], torch.nn.Module]
+    folder: Path | None = None
+    keep: bool = True
+
+
+@dataclass
 class Subject:
     """The model under test, with what is needed to ask it.
 
@@ -44,12 +60,14 @@ class Subject:
         tokenizer: its tokenizer.
         chat: ask through the chat template (only where there is one).
         batch_tokens: padded tokens per forward pass; lower it when memory runs out.
+        origin: its base; None where that is not known.
     """
 
     model: torch.nn.Module
     tokenizer: Any
     chat: bool = True
     batch_tokens: int = 4096
+    origin: Origin | None = None
 
 
 #: Called with the number of items just finished.
@@ -64,7 +82,7 @@ class Probe:
     group: str = "capability"  # knowledge | capability | behaviour, unless the items say otherwise
     higher_is_better: ClassVar[bool] = True
     fewest: ClassVar[int] = 1  # items without which there is no interval: right or wrong has one from the first on
-    fields: ClassVar[frozenset[str]]  # what a row must have; how a file without `kind` is recognised
+    fields: ClassVar[frozenset[str]]  # what a row must have; how one without `kind` is recognised, none if empty
     shared: ClassVar[frozenset[str]] = frozenset()  # fields that a row may leave to the probe where it says its `kind`
     settings: ClassVar[frozenset[str]] = frozenset()  # options that have an effect, for the probe or in a row
 

@@ -6,9 +6,11 @@ A row says what it is (`probe`, `kind`, `group`, `id`) or it is told by its fiel
     prompt, answers (or final, or response)    answer       text               perplexity
     prompt, check                              instruction  prompt, safe       refusal
     prompt, labels, label                      classification
+    prompt, answerable                         hallucination
 
-What a row does not say is derived: the probe's name from the file, the id from the content, the group from the
-kind. The kinds are the modules of this package; there is no list to keep.
+A `divergence` has the fields of other kinds and must be named. What a row does not say is derived: the probe's name
+from the file, the id from the content, the group from the kind. The kinds are the modules of this package; there is no
+list to keep.
 
 Rows that name their `domain`, and domain question sets (`retain.data.domains`), become one probe per domain; a question
 that a domain has already is left out and counted.
@@ -234,7 +236,7 @@ def _item(where: str, row: dict[str, Any]) -> tuple[type[Probe], str, Item]:
     if kind is None:
         kind = next((k for k in _most_fields_first() if known[k].fields <= fields.keys()), None)
         if kind is None:
-            needs = "; ".join(f"{k}: {', '.join(sorted(known[k].fields))}" for k in sorted(known))
+            needs = "; ".join(f"{k}: {', '.join(sorted(known[k].fields))}" for k in sorted(known) if known[k].fields)
             raise DataError(f"{where}: {', '.join(sorted(fields)) or 'no fields'} given. Each kind needs: {needs}.")
     if kind not in known:
         raise DataError(unknown(f"{where}, kind", str(kind), known))
@@ -274,7 +276,8 @@ def _right(item: Item) -> list[str]:
 @functools.cache
 def _most_fields_first() -> tuple[str, ...]:
     """A row with choices, a check or a safety label is not only a question with an answer."""
-    return tuple(sorted(kinds(), key=lambda kind: (kind == "answer", -len(kinds()[kind].fields), kind)))
+    told = [kind for kind, cls in kinds().items() if cls.fields]
+    return tuple(sorted(told, key=lambda kind: (kind == "answer", -len(kinds()[kind].fields), kind)))
 
 
 def _digest(fields: dict[str, Any]) -> str:

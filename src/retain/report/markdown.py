@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from retain.report import changed, judged, wording
 from retain.report import flips as flip
-from retain.report import judged, wording
 from retain.results import Change, ProbeInfo, Results, StepSummary, write_text
 
 EXAMPLES = 10
@@ -129,6 +129,7 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
             head = ["", *map(cell, results.group_deltas)]
             parts.append(table(head, [[stage, *cells] for stage, cells in judged.groups(results)]))
     parts += _judged(results)
+    parts += _changed(results)
     parts += _examples(flips)
     parts += _how(results)
     return "\n\n".join(parts) + "\n"
@@ -143,6 +144,15 @@ def _judged(results: Results) -> list[str]:
         head = ["old probe", *(name.lower() for name, _ in judged.LOST.values())]
         parts.append(table(head, [[name, *cells] for name, cells in lost]))
     return parts
+
+
+def _changed(results: Results) -> list[str]:
+    parts = []
+    if agreed := changed.agreed(results):
+        parts.append(table(["against the base", "value", "interval", "meaning"], agreed))
+    if moved := changed.moved(results):
+        parts.append(table(["number", "before", "after", "difference", "interval", "items"], moved))
+    return ["## How the answers changed", *parts, changed.NOTE] if parts else []
 
 
 def _examples(flips: flip.Flips) -> list[str]:

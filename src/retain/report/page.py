@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, Template
 
 from retain.errors import RunError
-from retain.report import figures, judged, markdown, wording
+from retain.report import changed, figures, judged, markdown, wording
 from retain.report import flips as flip
 from retain.report.canvas import INK, Picture
 from retain.results import Change, ProbeInfo, Results, load_metrics, load_results, write_text
@@ -94,6 +94,9 @@ def render(
         lost_items=judged.probes(results),
         lost_words=[name for name, _ in judged.LOST.values()],
         groups=judged.groups(results),
+        agreed=changed.agreed(results),
+        moved=changed.moved(results),
+        changed_note=changed.NOTE,
         pictures={picture.name: picture for picture in pictures},
         flips=flips,
         outcomes=flip.OUTCOMES,
