@@ -157,7 +157,7 @@ def compare_models(
 
 
 def _asked(name: str, probes: Sequence[Any], path: Path, say: Say, watched: Any, origin: Any, base: str) -> Any:
-    """(answers, what they depend on): those kept in `path` where weights, chat template, base and items are the same."""
+    """(answers, what they depend on): those kept in `path` where weights, template, base and items are the same."""
     from retain.models.own_rows import fingerprint
 
     model, tokenizer = open_model(name)
