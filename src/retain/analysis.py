@@ -231,10 +231,12 @@ def verdict(
     old, new = by_probe(before), by_probe(after)
     pairs = {c.probe: align(old.get(c.probe, []), new.get(c.probe, []), by_name[c.probe]) for c in found}
     counted = [c for c in reference if pairs[c.probe].kind == "unit"]
-    difference = None
+    difference = one_sided = None
     if counted:
         better = [sign_of(by_name[c.probe]) * pairs[c.probe].difference for c in counted]
-        difference = estimate(statistics.macro_interval(better, confidence, seed=seed))
+        difference, one_sided = (
+            estimate(statistics.macro_interval(better, level, seed=seed)) for level in (confidence, 2 * confidence - 1)
+        )
         after_scores = [goodness(by_name[c.probe], c.after.value) for c in counted]
     else:
         after_scores = [c.retention / 100 for c in reference]
@@ -251,6 +253,7 @@ def verdict(
         lost_over_threshold=[c.probe for c in reference if c.forgetting > alarm],
         sentence=_sentence(learned, tasks, reference, counted, by_name, difference),
         difference=difference,
+        one_sided=one_sided,
         intervals={name: estimate(interval) for name, interval in spread.items()}
         | lost_shares([pairs[c.probe] for c in reference], confidence, seed),
     )
