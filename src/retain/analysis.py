@@ -253,6 +253,7 @@ def verdict(
         lost_over_threshold=[c.probe for c in reference if c.forgetting > alarm],
         sentence=_sentence(learned, tasks, reference, counted, by_name, difference),
         difference=difference,
+        learned=_learned([c for c in tasks if pairs[c.probe].kind == "unit"], by_name, pairs, confidence, seed),
         one_sided=one_sided,
         intervals={name: estimate(interval) for name, interval in spread.items()}
         | lost_shares([pairs[c.probe] for c in reference], confidence, seed),
@@ -342,6 +343,15 @@ def _concluded(measured: Measured, p_holm: float, confidence: float) -> Change:
     else:
         conclusion = "cannot tell"
     return found.model_copy(update={"p_holm": p_holm, "conclusion": conclusion})
+
+
+def _learned(
+    tasks: Sequence[Change], infos: Mapping[str, ProbeInfo], pairs: Mapping[str, Pair], confidence: float, seed: int
+) -> Estimate | None:
+    if not tasks:
+        return None
+    better = [sign_of(infos[c.probe]) * pairs[c.probe].difference for c in tasks]
+    return estimate(statistics.macro_interval(better, confidence, seed=seed))
 
 
 def _gain(found: Change, info: ProbeInfo, kind: Kind) -> float:

@@ -115,6 +115,7 @@ class Verdict(_Record):
     lost_over_threshold: list[str]
     sentence: str
     difference: Estimate | None = None  # macro mean change over the reference probes, paired interval
+    learned: Estimate | None = None  # macro mean gain over the task probes, paired interval; positive = better
     one_sided: Estimate | None = None  # the same at 2·confidence − 1: each end is a one-sided bound at the confidence
     intervals: dict[
         str, Estimate

@@ -80,6 +80,9 @@ def check(results: Results, limit: float) -> Gate:
         "lost": f"the lower bound, {low}, is above {most}",
         "not enough items to tell": f"{most} lies between the bounds {low} and {high}; more items would decide",
     }[outcome]
-    names = ", ".join(name for group in wording.large_losses(results) for name in group)
-    large = f"; lost in large part: {names}" if names else ""
+    large = "".join(
+        f"; dropped by more than {100 * results.thresholds.alarm:g} %{doubt}: {', '.join(names)}"
+        for doubt, names in zip(("", " (may be chance)"), wording.large_losses(results))
+        if names
+    )
     return Gate(outcome, f"{outcome}: {value} points lost on average; {why} ({level}){large}")

@@ -67,7 +67,7 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
     if left := wording.progress(results):
         parts.append(f"*{cell(left[0].upper() + left[1:], 2000)}{say('sentence.end')}*")
     parts.append(f"**{cell(wording.headline(results)[0], 2000)}{say('sentence.end')}**")
-    parts += _top(results)
+    parts += top_lines(results)
     numbers = [[n.label, n.value, n.interval, n.note] for n in wording.three(results)]
     parts.append(table(["", say("md.value"), say("md.interval"), ""], numbers))
     if compare:
@@ -82,12 +82,14 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
     return "\n\n".join(parts) + "\n"
 
 
-def _top(results: Results) -> list[str]:
+def top_lines(results: Results) -> list[str]:
+    """The three facts, what was lost in large part, and the verdict in a sentence: one paragraph or list each."""
     facts = [f"- **{n.label}{say('list.colon')}{n.value}** {cell(n.interval)}  \n  {cell(n.note)}" for n in top.facts(results)]
     parts = ["\n".join(fact.rstrip() for fact in facts)] if facts else []
     if large := top.fallen(results):
         names = [f"- {cell(fallen.words)}{say('list.semicolon')}{fallen.doubt}" for fallen in large]
-        parts.append(f"**{say('facts.alarm')}**\n\n" + "\n".join(names))
+        alarm = say("facts.alarm", percent=wording.percent(f"{100 * results.thresholds.alarm:g}"))
+        parts.append(f"**{alarm}**\n\n" + "\n".join(names))
     return [*parts, cell(top.sentence(results), 2000)]
 
 

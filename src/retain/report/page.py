@@ -89,6 +89,7 @@ def render(
         progress=wording.progress(results),
         facts=top.facts(results),
         fallen=top.fallen(results),
+        alarm=wording.percent(f"{100 * results.thresholds.alarm:g}"),
         left=top.left(results),
         percent=wording.confidence(results),
         sections=[_section(results, role) for role in ROLES if wording.changes_of(results, role)],

@@ -63,14 +63,18 @@ def _learned(results: Results) -> BigNumber:
     number = wording.learned(results)
     tasks = [(info, c) for info, c in wording.changes_of(results, "task") if wording.is_share(info)]
     tasks = tasks or wording.changes_of(results, "task")
-    interval = number.interval
-    if len(tasks) == 1:
-        info, change = tasks[0]
-        sign = 1 if info.higher_is_better else -1
-        low, high = sorted((sign * change.difference.low, sign * change.difference.high))
-        low, high = (f"{wording.difference(info, bound)} {wording.unit(info)}" for bound in (low, high))
-        interval = _interval(results, low, high)
-    return BigNumber(say("facts.learned"), number.value, interval, number.note, number.tone)
+    interval, note = number.interval, number.note
+    gains = [wording.gain(info, change.difference) for info, change in tasks]
+    if len(tasks) > 1 and results.verdict and results.verdict.learned and wording.is_share(tasks[0][0]):
+        note += say("list.colon") + say("list.comma").join(
+            f"{info.name} {wording.difference(info, gain.value)}" for (info, _), gain in zip(tasks, gains)
+        )
+        gains = [results.verdict.learned]
+    if len(gains) == 1:
+        info = tasks[0][0]
+        low, high = (wording.difference(info, bound) for bound in (gains[0].low, gains[0].high))
+        interval = _interval(results, low, f"{high} {wording.unit(info)}")
+    return BigNumber(say("facts.learned"), number.value, interval, note, number.tone)
 
 
 def _interval(results: Results, low: str, high: str) -> str:
@@ -151,7 +155,7 @@ def built(results: Results) -> str:
         if names := [change.probe for _, change in old if change.conclusion == conclusion]:
             key = "sentence.cannot tell" if conclusion == "cannot tell" else f"conclusion.{conclusion}"
             tally.append(say("sentence.tally", word=say(key), names=wording.listed(names)))
-    text = say("list.semicolon").join([*parts, say("list.comma").join(tally)]) + say("sentence.end")
+    text = say("list.semicolon").join([*parts, say("list.clause").join(tally)]) + say("sentence.end")
     return text[0].upper() + text[1:]
 
 

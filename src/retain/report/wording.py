@@ -157,19 +157,19 @@ def learned(results: Results) -> BigNumber:
     conclusions = [change.conclusion for _, change in tasks]
     tone: Tone = "bad" if "lost" in conclusions else "good" if set(conclusions) == {"gained"} else "unknown"
     first = tasks[0][0]
-    gains = [(info, _gain(info, change.difference)) for info, change in tasks if unit(info) == unit(first)]
-    value = f"{difference(first, _mean([gain.value for _, gain in gains]))} {unit(first)}"
+    gains = [(info, gain(info, change.difference)) for info, change in tasks if unit(info) == unit(first)]
+    value = f"{difference(first, _mean([found.value for _, found in gains]))} {unit(first)}"
     head = confidence(results) + say("list.colon")
     if len(gains) == 1:
         change = tasks[0][1]
         before, after = (score(first, found.value) for found in (change.before, change.after))
         note = f"{first.name}{say('list.colon')}{before} → {after}"
         return BigNumber(say("big.learned"), value, head + difference_interval(*gains[0]), note, tone)
-    each = say("list.comma").join(f"{info.name} {difference_interval(info, gain)}" for info, gain in gains)
+    each = say("list.comma").join(f"{info.name} {difference_interval(info, found)}" for info, found in gains)
     return BigNumber(say("big.learned"), value, head + each, say("big.mean_of", n=len(gains)), tone)
 
 
-def _gain(info: ProbeInfo, change: Estimate) -> Estimate:
+def gain(info: ProbeInfo, change: Estimate) -> Estimate:
     """A difference with the sign turned where lower is better, so that positive means better."""
     if info.higher_is_better:
         return change
@@ -184,7 +184,7 @@ def kept(results: Results) -> BigNumber:
         return BigNumber(say("big.kept"), "–", "", say("big.no_reference"), "unknown")
     found = [change.conclusion for _, change in references]
     tally = say("list.semicolon").join(
-        f"{found.count(word)} {language.name('conclusion', word)}" for word in CONCLUSION_TONE if word in found
+        say("count.concluded", n=found.count(word), word=language.name("conclusion", word)) for word in CONCLUSION_TONE if word in found
     )
     note = say("count.reference_probes", n=len(references)) + say("list.colon") + tally
     ends = f"{confidence(results)}{say('list.colon')}[{number(share.low)}, {number(share.high)}]"
@@ -271,20 +271,20 @@ def large_losses(results: Results) -> tuple[list[str], list[str]]:
 
 
 def _verdict(results: Results) -> tuple[str, Tone]:
-    gain, old = learned(results).tone, old_tone(results)
+    new, old = learned(results).tone, old_tone(results)
     has_tasks, has_old = bool(changes_of(results, "task")), bool(changes_of(results, "reference"))
-    first = say({"good": "headline.learned", "bad": "headline.worse", "unknown": "headline.no_gain"}[gain])
+    first = say({"good": "headline.learned", "bad": "headline.worse", "unknown": "headline.no_gain"}[new])
     tasks = changes_of(results, "task")
     gained = sum(change.conclusion == "gained" for _, change in tasks)
-    if gain == "unknown" and 0 < gained < len(tasks):
+    if new == "unknown" and 0 < gained < len(tasks):
         first = say("headline.learned_some", done=gained, tasks=say("count.tasks", n=len(tasks)))
     if not has_old:
-        return say("headline.no_old", first=first), "bad" if gain == "bad" else "unknown"
+        return say("headline.no_old", first=first), "bad" if new == "bad" else "unknown"
     second = {"good": say("headline.kept"), "bad": _loss_words(results), "unknown": say("headline.cannot_tell")}[old]
     if not has_tasks:
         return second[0].upper() + second[1:], old
-    tone: Tone = "bad" if "bad" in (gain, old) else "good" if (gain, old) == ("good", "good") else "unknown"
-    joint = {"good": "and", "bad": "but", "unknown": "apart"}[old] if gain == "good" else "apart"
+    tone: Tone = "bad" if "bad" in (new, old) else "good" if (new, old) == ("good", "good") else "unknown"
+    joint = {"good": "and", "bad": "but", "unknown": "apart"}[old] if new == "good" else "apart"
     return say(f"headline.{joint}", first=first, second=second), tone
 
 
@@ -295,7 +295,8 @@ def _loss_words(results: Results) -> str:
         return say("headline.lost_points", points=number(-100 * macro.value))
     changes = [change for _, change in changes_of(results, "reference")]
     worse = sum(change.conclusion == "lost" for change in changes)
-    return say("headline.lost_probes", worse=worse, probes=say("count.old_probes", n=len(changes)))
+    count = len(changes)
+    return say("headline.lost_probes", worse=worse, all=count, probes=say("count.old_probes", n=count))
 
 
 def sequence(results: Results) -> list[tuple[str, str, str]]:
