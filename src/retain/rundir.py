@@ -110,7 +110,12 @@ class RunDirectory:
     def _check_settings(self, earlier: RunConfig, config: RunConfig) -> None:
         old, new = earlier.model_dump(mode="json"), config.model_dump(mode="json")
         differs = next(
-            (key for key in new if key not in ("tasks", "name", "output", "verdict", "language") and new[key] != old[key]), None
+            (
+                key
+                for key in new
+                if key not in ("tasks", "name", "output", "verdict", "language") and new[key] != old[key]
+            ),
+            None,
         )
         count = len(earlier.tasks)
         if differs is None and (

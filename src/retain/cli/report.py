@@ -29,7 +29,7 @@ def command(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 as well when there are too few items.")] = False,
     card: Annotated[str | None, typer.Option("--card", help="Write a model card for the hub to this file.")] = None,
-    schema: Annotated[  # noqa: ARG001
+    schema: Annotated[
         bool, typer.Option("--schema", is_eager=True, callback=_schema, help="Print the JSON Schema of results.json.")
     ] = False,
 ) -> None:
@@ -50,7 +50,9 @@ def command(
         raise ConfigError("--strict: without a limit it has no effect. Give one with --fail-over.")
     alone = place.is_file()
     if alone and (against or (fail_over is None and card is None)):
-        raise ConfigError(f"report: {run} is a file; a page needs the run directory. Give it, or --fail-over or --card.")
+        raise ConfigError(
+            f"report: {run} is a file; a page needs the run directory. Give it, or --fail-over or --card."
+        )
     if lang is None:
         lang = _language_of(place.parent if alone else place)
     if not alone:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from retain.report import language, markdown, top, wording
+from retain.report import language, markdown, wording
 from retain.report.language import say
 from retain.results import Change, ProbeInfo, Results, write_text
 
@@ -111,7 +111,9 @@ def _trained(results: Results) -> list[str]:
         )
         for s in results.training
     ]
-    return [f"## {say('card.trained')}", "\n".join(lines), "\n".join(f"- {step}" for step in steps)][: 3 if steps else 2]
+    return [f"## {say('card.trained')}", "\n".join(lines), "\n".join(f"- {step}" for step in steps)][
+        : 3 if steps else 2
+    ]
 
 
 def _result(results: Results) -> list[str]:

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 
 from retain.report import language, wording
 from retain.report.canvas import BEFORE, INK, RUNS, STYLE, Picture, new_figure, render, short
-from retain.report.language import say
 from retain.report.curves import forgetting, training
+from retain.report.language import say
 from retain.results import Estimate, ProbeInfo, Results
 
 NAME, BAR = 0.25, 0.165  # inches that the name of a probe and each of its bars take

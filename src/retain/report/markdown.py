@@ -84,7 +84,10 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
 
 def top_lines(results: Results) -> list[str]:
     """The three facts, what was lost in large part, and the verdict in a sentence: one paragraph or list each."""
-    facts = [f"- **{n.label}{say('list.colon')}{n.value}** {cell(n.interval)}  \n  {cell(n.note)}" for n in top.facts(results)]
+    facts = [
+        f"- **{n.label}{say('list.colon')}{n.value}** {cell(n.interval)}  \n  {cell(n.note)}"
+        for n in top.facts(results)
+    ]
     parts = ["\n".join(fact.rstrip() for fact in facts)] if facts else []
     if large := top.fallen(results):
         names = [f"- {cell(fallen.words)}{say('list.semicolon')}{fallen.doubt}" for fallen in large]
@@ -191,7 +194,9 @@ def _how(results: Results) -> list[str]:
         rows.append([say("md.method", name=name), said or say("md.defaults")])
     parts = [f"## {say('how.title')}", table(["", ""], rows)]
     if results.training:
-        head = _head("how.task", "how.steps", "how.new_rows", "how.replay_rows", "how.time", "how.trainable", "how.loss")
+        head = _head(
+            "how.task", "how.steps", "how.new_rows", "how.replay_rows", "how.time", "how.trainable", "how.loss"
+        )
         parts.append(
             table(
                 head,

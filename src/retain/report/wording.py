@@ -92,7 +92,7 @@ def difference(info: ProbeInfo, value: float | None, sign: bool = True) -> str:
 
 
 def detectable(info: ProbeInfo, change: Change) -> str:
-    """The smallest change that the probe would have shown, with its unit; in words where no possible change is enough."""
+    """The smallest change that the probe would have shown, with its unit; in words where no change is large enough."""
     if is_share(info) and change.detectable > 1:
         return say("probes.nothing_detectable")
     return f"{difference(info, change.detectable, sign=False)} {unit(info)}"
@@ -184,7 +184,9 @@ def kept(results: Results) -> BigNumber:
         return BigNumber(say("big.kept"), "–", "", say("big.no_reference"), "unknown")
     found = [change.conclusion for _, change in references]
     tally = say("list.semicolon").join(
-        say("count.concluded", n=found.count(word), word=language.name("conclusion", word)) for word in CONCLUSION_TONE if word in found
+        say("count.concluded", n=found.count(word), word=language.name("conclusion", word))
+        for word in CONCLUSION_TONE
+        if word in found
     )
     note = say("count.reference_probes", n=len(references)) + say("list.colon") + tally
     ends = f"{confidence(results)}{say('list.colon')}[{number(share.low)}, {number(share.high)}]"
