@@ -188,7 +188,7 @@ def test_plurals_and_unknown_languages():
     with speaking("zh"):
         assert say("count.tasks", n=1) == "1 个任务"
     assert language.tag() == "en"
-    with pytest.raises(ConfigError, match="unknown 'fr'.*Allowed: en, zh"), speaking("fr"):
+    with pytest.raises(ConfigError, match=r"unknown 'fr'.*Allowed: en, zh"), speaking("fr"):
         pass
     with pytest.raises(KeyError):
         say("no.such")

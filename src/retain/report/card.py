@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from retain.report import language, markdown, wording
 from retain.report.language import say
-from retain.results import Change, ProbeInfo, Results, write_text
+from retain.results import Change, Estimate, ProbeInfo, Results, write_text
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 TAGS = ["retain", "continual-learning", "catastrophic-forgetting"]
 
@@ -46,17 +50,15 @@ def render(results: Results) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def metrics(results: Results) -> list[object]:
+def metrics(results: Results) -> list[EvalResult]:
     """`EvalResult`s: every probe after training, with its interval and the score before; then the means.
 
     Shares are from 0 to 1; a loss is positive. What is not a number in `results.json` is left out.
     """
-    verdict = results.verdict
     found = [_measured(results, info, change) for r in ("task", "reference") for info, change in _of(results, r)]
-    for name, estimate, sign in (
-        ("mean gain on the new tasks", verdict and verdict.learned, 1),
-        ("mean loss on old abilities", verdict and verdict.difference, -1),
-    ):
+    means = (("mean gain on the new tasks", "learned", 1), ("mean loss on old abilities", "difference", -1))
+    for name, field, sign in means:
+        estimate: Estimate | None = getattr(results.verdict, field, None)
         if estimate is not None:
             low, high = sorted((sign * estimate.low, sign * estimate.high))
             kind = "learned" if sign == 1 else "forgetting"
@@ -64,12 +66,12 @@ def metrics(results: Results) -> list[object]:
     return found
 
 
-def _measured(results: Results, info: ProbeInfo, change: Change) -> object:
+def _measured(results: Results, info: ProbeInfo, change: Change) -> EvalResult:
     said = {"low": change.after.low, "high": change.after.high, "before": change.before.value, "items": change.items}
     return _result_of(results, info.name, info.name, info.metric.replace(" ", "_"), change.after.value, said)
 
 
-def _result_of(results: Results, kind: str, name: str, metric: str, value: float, said: dict[str, float]) -> object:
+def _result_of(results: Results, kind: str, name: str, metric: str, value: float, said: dict[str, float]) -> EvalResult:
     from huggingface_hub import EvalResult
 
     return EvalResult(
