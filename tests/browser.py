@@ -65,14 +65,27 @@ for (const kind of ["error", "warn"]) console[kind] = (...words) => seen.push(wo
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
+FLAGS += ["--virtual-time-budget=3000"]
+
+
+def printed(text: str, folder: Path) -> bytes:
+    """The PDF that the page is printed to."""
+    page, pdf = folder / "page.html", folder / "page.pdf"
+    page.write_text(text, encoding="utf-8")
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [CHROMIUM, *FLAGS, profile, "--no-pdf-header-footer", f"--print-to-pdf={pdf}", page.as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    return pdf.read_bytes()
+
+
 def look(text: str, check: str, width: int, folder: Path) -> dict:
     """What the script `check` leaves in `data-seen` of the frame's body, with the page opened at a width in pixels."""
     watched = text.replace("<head>", LISTEN, 1).replace("</body>", check)
     frame = folder / "frame.html"
     frame.write_text(FRAME.format(width, html.escape(watched)), encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=3000 --dump-dom"
     profile = f"--user-data-dir={folder / 'profile'}"
-    command = [CHROMIUM, *flags.split(), "--window-size=1400,1000", profile, frame.as_uri()]
+    command = [CHROMIUM, *FLAGS, "--dump-dom", "--window-size=1400,1000", profile, frame.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     return json.loads(next(a["data-seen"] for tag, a in Page(dom).tags if tag == "body"))

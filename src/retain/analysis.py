@@ -258,10 +258,12 @@ def verdict(
     old, new = by_probe(before), by_probe(after)
     pairs = {c.probe: align(old.get(c.probe, []), new.get(c.probe, []), by_name[c.probe]) for c in found}
     counted = [c for c in reference if pairs[c.probe].kind == "unit"]
-    difference = None
+    difference = one_sided = None
     if counted:
         better = [sign_of(by_name[c.probe]) * pairs[c.probe].difference for c in counted]
-        difference = estimate(statistics.macro_interval(better, confidence, seed=seed))
+        difference, one_sided = (
+            estimate(statistics.macro_interval(better, level, seed=seed)) for level in (confidence, 2 * confidence - 1)
+        )
         after_scores = [goodness(by_name[c.probe], c.after.value) for c in counted]
     else:
         after_scores = [c.retention / 100 for c in reference]
@@ -278,6 +280,8 @@ def verdict(
         lost_over_threshold=[c.probe for c in reference if c.forgetting > alarm],
         sentence=_sentence(learned, tasks, reference, counted, by_name, difference),
         difference=difference,
+        learned=_learned([c for c in tasks if pairs[c.probe].kind == "unit"], by_name, pairs, confidence, seed),
+        one_sided=one_sided,
         intervals={name: estimate(interval) for name, interval in spread.items()}
         | lost_shares([pairs[c.probe] for c in reference], confidence, seed),
     )
@@ -366,6 +370,15 @@ def _concluded(measured: Measured, p_holm: float, confidence: float) -> Change:
     else:
         conclusion = "cannot tell"
     return found.model_copy(update={"p_holm": p_holm, "conclusion": conclusion})
+
+
+def _learned(
+    tasks: Sequence[Change], infos: Mapping[str, ProbeInfo], pairs: Mapping[str, Pair], confidence: float, seed: int
+) -> Estimate | None:
+    if not tasks:
+        return None
+    better = [sign_of(infos[c.probe]) * pairs[c.probe].difference for c in tasks]
+    return estimate(statistics.macro_interval(better, confidence, seed=seed))
 
 
 def _gain(found: Change, info: ProbeInfo, kind: Kind) -> float:

@@ -200,6 +200,8 @@ class RunConfig(_Settings):
     """No text of tasks and old rows is written to the run directory; methods that would store some are refused."""
     seed: int = 0
     """Seed of everything that is drawn."""
+    language: Literal["en", "zh"] = "en"
+    """Language of report.html and report.md."""
     output: str | None = None
     """Run directory; `runs/<name>` when not given."""
     _where: str = PrivateAttr("")

@@ -251,7 +251,7 @@ class _Runner:
 
         stages = self.plan.stages[: index + 1]
         save_results(outcome(self.config, self.place, stages, self.infos, methods, self.notes), self.place.path)
-        write_report(self.place.path)
+        write_report(self.place.path, lang=self.config.language)
         if following:
             self.say(f"{self.config.task_names[index - 1]}: report so far in {self.place.path / 'report.html'}.")
 

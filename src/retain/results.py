@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from retain.errors import RunError
 
@@ -131,6 +131,8 @@ class Verdict(_Record):
     lost_over_threshold: list[str]
     sentence: str
     difference: Estimate | None = None  # macro mean change over the reference probes, paired interval
+    learned: Estimate | None = None  # macro mean gain over the task probes, paired interval; positive = better
+    one_sided: Estimate | None = None  # the same at 2·confidence − 1: each end is a one-sided bound at the confidence
     intervals: dict[
         str, Estimate
     ] = {}  # of the numbers above, and of the mean shares of items lost (`forgetting_raw` …)
@@ -188,7 +190,7 @@ class Drift(_Record):
 class Results(_Record):
     """Everything a report needs apart from the item tables."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
     name: str
     created: str
     model: str
@@ -235,20 +237,33 @@ def save_results(results: Results, directory: Path) -> None:
     write_text(directory / "results.json", results.model_dump_json(indent=1) + "\n")
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of `results.json`: what a reader in another language may rely on."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:retain:results:{SCHEMA_VERSION}",
+        **Results.model_json_schema(),
+    }
+
+
 def load_results(directory: Path) -> Results:
-    """Read `results.json` of a run directory.
+    """Read `results.json` of a run directory, or any such file by its own path.
 
     Raises:
-        RunError: there is none, or it is of another version.
+        RunError: there is none, or it is of a later version.
     """
-    path = Path(directory) / "results.json"
+    path = Path(directory)
+    path = path if path.is_file() else path / "results.json"
     if not path.is_file():
         raise RunError(f"{directory}: no results.json here. Give the directory of a finished run (runs/<name>).")
     try:
         return Results.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        first = str(error).splitlines()[0]
-        raise RunError(f"{path}: not a results file of version {SCHEMA_VERSION} ({first}).") from error
+        found = error.errors()[0] if isinstance(error, ValidationError) else None
+        first = f"{'.'.join(map(str, found['loc']))}: {found['msg']}" if found else str(error).splitlines()[0]
+        raise RunError(
+            f"{path}: not a results file of version {SCHEMA_VERSION} ({first}). A later version needs a later retain."
+        ) from error
 
 
 def save_items(rows: list[dict[str, Any]], path: Path) -> None:

@@ -74,7 +74,7 @@ class RunDirectory:
         """Find out whether the directory can be used for this configuration on these rows; nothing is written.
 
         A finished run may be continued with more tasks (the earlier ones must be the same, and so must their rows) and
-        judged anew: `verdict` is about what is done with the measurements.
+        judged anew: `verdict` and `language` are about what is done with the measurements.
 
         Args:
             config: of the run.
@@ -115,7 +115,12 @@ class RunDirectory:
     def _check_settings(self, earlier: RunConfig, config: RunConfig) -> None:
         old, new = earlier.model_dump(mode="json"), config.model_dump(mode="json")
         differs = next(
-            (key for key in new if key not in ("tasks", "name", "output", "verdict") and new[key] != old[key]), None
+            (
+                key
+                for key in new
+                if key not in ("tasks", "name", "output", "verdict", "language") and new[key] != old[key]
+            ),
+            None,
         )
         count = len(earlier.tasks)
         if differs is None and (

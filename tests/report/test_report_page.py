@@ -291,6 +291,11 @@ window.addEventListener("load", () => {
   const out = {errors: window.seen, inner: innerWidth, scroll: document.documentElement.scrollWidth};
   out.wide = [...document.querySelectorAll("main *")].filter((e) => !e.closest(".wide, pre, svg, .cards thead")
     && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.tagName + "." + e.className).slice(0, 5);
+  const all = (what) => [...document.querySelectorAll(what)];
+  out.unreachable = all("a, button, input, summary, .wide").filter((e) => e.tabIndex !== 0).map((e) => e.outerHTML);
+  const top = (e) => e.getBoundingClientRect();
+  out.facts = all("#verdict .number").map((e) => [top(e).top, top(e).left]);
+  out.below = top(document.querySelector("nav")).top - Math.max(...all("#verdict .number").map((e) => top(e).bottom));
   out.background = getComputedStyle(document.body).backgroundColor;
   out.all = document.getElementById("count").textContent;
   out.cards = document.querySelectorAll("#list li").length;
@@ -309,19 +314,58 @@ window.addEventListener("load", () => {
 @pytest.mark.slow
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium binary")
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("hostile", [False, True])
-def test_in_a_browser(make_run, tmp_path, width, hostile):
+@pytest.mark.parametrize(("hostile", "lang"), [(False, "en"), (True, "en"), (False, "zh")])
+def test_in_a_browser(make_run, tmp_path, width, hostile, lang):
     directory = make_run("careful", drop=0.2, hostile=hostile)
-    text = write_report(directory, compare=[make_run("naive", drop=0.4)]).read_text(encoding="utf-8")
+    text = write_report(directory, [make_run("naive", drop=0.4)], lang).read_text(encoding="utf-8")
     seen = browser.look(text, CHECK, width, tmp_path)
     assert seen["errors"] == []
     assert seen["inner"] == width
     assert seen["scroll"] <= width
     assert seen["wide"] == []
     total = len(Page(text).data["items"])
-    assert seen["all"] == f"{total} items"
+    assert seen["unreachable"] == []
+    assert seen["facts"] == sorted(seen["facts"])  # lost, learned, how sure: downwards or from left to right
+    assert len({top for top, _ in seen["facts"]}) == (1 if width == 1280 else 3)
+    assert seen["below"] > 0
+    count, part = ("{} items", "{} of {} items") if lang == "en" else ("{} 道题", "{1} 道题中的 {0} 道")
+    assert seen["all"] == count.format(total)
     assert seen["cards"] == 25
     lost = sum(c.lost for c in load_results(directory).changes)
-    assert seen["lost"] == f"{lost} of {total} items"
-    assert seen["found"] == f"1 of {total} items"
+    assert seen["lost"] == part.format(lost, total)
+    assert seen["found"] == part.format(1, total)
     assert seen["first"].startswith("countries: what is the right answer to question 7 of")
+
+
+PAPER = """<script>
+const rules = [...document.styleSheets[0].cssRules].filter((rule) => rule.media?.mediaText.startsWith("print"));
+const sheet = document.createElement("style");  // what holds for paper holds here too
+sheet.textContent = rules.flatMap((rule) => [...rule.cssRules])
+  .filter((rule) => !(rule instanceof CSSPageRule)).map((rule) => rule.cssText).join(" ");
+document.head.append(sheet);
+for (const rule of document.styleSheets[0].cssRules)
+  if (rule.media?.mediaText.startsWith("screen")) rule.media.mediaText = "speech";
+window.addEventListener("load", () => {
+  const visible = (what) => [...document.querySelectorAll(what)].filter((e) => e.getClientRects().length);
+  const cut = visible("table").filter((e) => e.scrollWidth > e.clientWidth + 1
+    || e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.textContent.trim().slice(0, 40));
+  const out = { errors: window.seen, buttons: visible("button, input, nav a").length, tables: visible("table").length };
+  parent.document.body.dataset.seen = JSON.stringify({ ...out, cut });
+});
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium binary")
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_on_paper(make_run, tmp_path, lang):
+    """At the width of A4 less its margins (688 pixels): no interactive parts, no table that is cut; then the PDF."""
+    text = write_report(make_run(tasks=("one", "two"), drop=0.2), lang=lang).read_text(encoding="utf-8")
+    seen = browser.look(text, PAPER, 688, tmp_path)
+    assert seen["errors"] == []
+    assert seen["buttons"] == 0
+    assert seen["tables"] >= 6
+    assert seen["cut"] == []
+    pdf = browser.printed(text, tmp_path)
+    assert pdf.startswith(b"%PDF-")
+    assert 3 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 10

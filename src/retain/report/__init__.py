@@ -3,12 +3,17 @@
 Reads the files of a run directory and nothing else: no model, no network, no torch.
 
     page.py      report.html, one file             markdown.py  report.md
+    top.py       the three facts that come first   wording.py   numbers and verdicts in words
+    language.py  the words, one table a language   judged.py    the verdict in numbers
     figures.py   task matrix, before and after     curves.py    training and forgetting
-    canvas.py    colours and SVG of every chart    terminal.py  Rich tables
-    wording.py   numbers and verdicts in words     flips.py     items whose answer changed
-    compare.py   runs against the first of them    front.py     learned against kept
-    judged.py    the verdict in numbers            changed.py   how the answers changed
-    labels.py    names of points that cover nothing
+    canvas.py    colours and SVG of every chart    labels.py    names of points that cover nothing
+    flips.py     items whose answer changed        front.py     learned against kept
+    compare.py   runs against the first of them    terminal.py  Rich tables
+    gate.py      a limit on forgetting             card.py      a model card for the hub
+    changed.py   how the answers changed           dynamics.py  a forgetting curve and its forecast
+    retention.py domains, before and after
+
+`report.html.j2` takes each section from a file in `parts/`.
 """
 
 from __future__ import annotations

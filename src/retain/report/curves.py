@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from retain.report import wording
 from retain.report.canvas import BEFORE, INK, LINES, RUNS, STYLE, Picture, new_figure, render, short
+from retain.report.language import say
 from retain.results import Results
 
 
@@ -50,7 +51,7 @@ def thin(xs: Sequence[float], ys: Sequence[float], most: int = 300) -> tuple[np.
 def training(
     metrics: Sequence[Mapping[str, Any]],
     others: Sequence[tuple[str, Sequence[Mapping[str, Any]]]] = (),
-    name: str = "this run",
+    name: str = "",
 ) -> Picture | None:
     """Loss by optimizer step, the terms that methods add in a second panel; None without step records."""
     mine = [record for record in timeline(metrics)[0] if _finite(record.get("loss"))]
@@ -62,19 +63,20 @@ def training(
         for k, (label, records) in enumerate(others[: len(RUNS) - 1]):
             theirs = [record for record in timeline(records)[0] if _finite(record.get("loss"))]
             _line(all_axes[0], theirs, "loss", RUNS[k + 1], short(label))
-        _line(all_axes[0], mine, "loss", RUNS[0], short(name))
-        all_axes[0].set_ylabel("loss")
+        _line(all_axes[0], mine, "loss", RUNS[0], short(name) or say("pictures.this_run"))
+        all_axes[0].set_ylabel(say("pictures.loss"))
         if others:
             all_axes[0].legend(fontsize=10.5)
         for k, term in enumerate(terms[: len(LINES) - 1]):
             _line(all_axes[1], mine, term, LINES[(k + 2) % len(LINES)], short(term.removeprefix("loss/")))
         if terms:
-            all_axes[1].set_ylabel("added terms")
+            all_axes[1].set_ylabel(say("pictures.terms"))
             all_axes[1].legend(fontsize=10.5)
         _tasks(all_axes, mine)
-        all_axes[-1].set_xlabel("optimizer step")
-    alt = f"Training loss from {mine[0]['loss']:.3g} to {mine[-1]['loss']:.3g} over {mine[-1]['at']} optimizer steps."
-    return render(figure, "training", "Training loss", alt)
+        all_axes[-1].set_xlabel(say("pictures.step"))
+    first, last = (f"{record['loss']:.3g}" for record in (mine[0], mine[-1]))
+    alt = say("pictures.training_alt", first=first, last=last, steps=mine[-1]["at"])
+    return render(figure, "training", say("pictures.training"), alt)
 
 
 def _finite(value: Any) -> bool:
@@ -175,24 +177,28 @@ def forgetting(
             axes.plot(list(curve), list(curve.values()), linewidth=1.2, marker="o", markersize=2.5, **style)
         mean = _mean_curve(curves)
         if len(mean) > 1 and (len(curves) > 1 or others):
-            axes.plot(list(mean), list(mean.values()), color=INK, linewidth=3, label="mean")
+            axes.plot(list(mean), list(mean.values()), color=INK, linewidth=3, label=say("pictures.mean"))
         for k, (label, theirs, records) in enumerate(others[: len(RUNS) - 1]):
             found, their_unit = kept_curves(theirs, records)
             mean = _mean_curve(found)
             if len(mean) > 1 and their_unit == unit:
                 line: dict[str, Any] = {"color": RUNS[k + 1], "linewidth": 3, "linestyle": (0, (3, 1.2))}
-                axes.plot(list(mean), list(mean.values()), label=f"mean, {short(label, 14)}".lstrip("_"), **line)
+                axes.plot(list(mean), list(mean.values()), label=say("pictures.mean_of", name=short(label, 14)), **line)
         axes.grid(color=(0.5, 0.5, 0.5, 0.25), linewidth=0.6)
         low, high = axes.get_ylim()
         # A loss of one percent must not fill the chart.
         axes.set_ylim(min(low, 80), max(high, 106))
-        axes.set_ylabel("kept, % of the base")
-        axes.set_xlabel(unit)
+        axes.set_ylabel(say("pictures.kept_axis"))
+        axes.set_xlabel(say("pictures.stage" if unit == "stage" else "pictures.step"))
         if unit == "stage":
             turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(results.stages) > 3 else {}
             axes.set_xticks(range(len(results.stages)), [short(stage, 14) for stage in results.stages], **turned)
         figure.legend(loc="outside lower left", ncols=2, fontsize=10.5, handlelength=1.4)
     worst = min(last, key=lambda probe: last[probe])
-    alt = f"Score on {wording.plural(len(curves), 'reference probe')} while training, as a percentage of the base "
-    alt += f"model. At the end the lowest is {short(worst)} at {last[worst]:.0f} %."
-    return render(figure, "forgetting", "Old abilities while training", alt)
+    alt = say(
+        "pictures.forgetting_alt",
+        probes=say("count.reference_probes", n=len(curves)),
+        name=short(worst),
+        value=wording.percent(f"{last[worst]:.0f}"),
+    )
+    return render(figure, "forgetting", say("pictures.forgetting"), alt)

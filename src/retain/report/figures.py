@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from retain.report import wording
+from retain.report import language, wording
 from retain.report.canvas import BEFORE, INK, RUNS, STYLE, Picture, new_figure, render, short
 from retain.report.curves import forgetting, training
+from retain.report.language import say
 from retain.results import Estimate, ProbeInfo, Results
 
 NAME, BAR = 0.25, 0.165  # inches that the name of a probe and each of its bars take
@@ -67,7 +68,8 @@ def matrix(results: Results) -> Picture | None:
         turned: dict[str, Any] = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if columns > 3 else {}
         axes.xaxis.tick_top()
         axes.set_xticks(range(columns), tasks, **turned)
-        axes.set_yticks(range(rows), ["base", *(f"after {short(task, 14)}" for task in results.tasks[: rows - 1])])
+        after = [say("stage.after", task=short(task, 14)) for task in results.tasks[: rows - 1]]
+        axes.set_yticks(range(rows), [say("stage.base"), *after])
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -75,10 +77,8 @@ def matrix(results: Results) -> Picture | None:
         axes.set_yticks(np.arange(1, rows) - 0.5, minor=True)
         axes.grid(which="minor", color=(0.5, 0.5, 0.5, 0.4), linewidth=1)
         axes.tick_params(which="minor", length=0)
-    what = "in percent" if shares else "in the unit of the task's metric"
-    alt = f"Heat map of the score {what} on each task (columns) after each stage (rows). "
-    alt += "Bold: just after the task was trained. Read a column downwards to see it learned, then kept or lost."
-    return render(figure, "matrix", "Score on every task after every stage", alt)
+    alt = say("pictures.matrix_alt", unit=say("pictures.in_percent" if shares else "pictures.in_metric"))
+    return render(figure, "matrix", say("pictures.matrix"), alt)
 
 
 def luminance(colour: Sequence[float]) -> float:
@@ -121,11 +121,11 @@ def scores(results: Results, others: Sequence[tuple[str, Results]] = ()) -> Pict
     if not results.stages or not results.probes:
         return None
     base, last = (results.scores.get(stage, {}) for stage in (results.stages[0], results.stages[-1]))
-    series = [("before", BEFORE, base)]
+    series = [(say("pictures.before"), BEFORE, base)]
     if len(results.stages) == 1:
-        series = [("score", RUNS[0], base)]
+        series = [(say("pictures.score"), RUNS[0], base)]
     else:
-        series.append(("after" if not others else short(results.name), RUNS[0], last))
+        series.append((say("pictures.after") if not others else short(results.name), RUNS[0], last))
     for k, (label, theirs) in enumerate(others[: len(RUNS) - 1]):
         series.append((short(label), RUNS[k + 1], theirs.scores.get(theirs.stages[-1], {})))
     groups = list(dict.fromkeys(info.group for info in results.probes))
@@ -142,12 +142,13 @@ def scores(results: Results, others: Sequence[tuple[str, Results]] = ()) -> Pict
             if share:
                 axes.set_xlim(0, 112)
                 axes.set_xticks(range(0, 101, 20))
-                axes.set_xlabel("score, %")
+                axes.set_xlabel(say("pictures.score_axis"))
             else:
                 low, high = axes.get_xlim()
                 axes.set_xlim(min(0, low), max(high, 0.001) * 1.1)
-                lower = " (lower is better)" if not any(info.higher_is_better for info in panel) else ""
-                axes.set_xlabel(", ".join(sorted({info.metric for info in panel})) + lower)
+                lower = say("pictures.lower") if not any(info.higher_is_better for info in panel) else ""
+                metrics = sorted({language.name("metric", info.metric) for info in panel})
+                axes.set_xlabel(say("list.comma").join(metrics) + lower)
         handles = [Patch(color=colour, label=label) for label, colour, _ in series]
         figure.legend(
             handles=handles,
@@ -156,14 +157,7 @@ def scores(results: Results, others: Sequence[tuple[str, Results]] = ()) -> Pict
             handlelength=1.1,
             fontsize=11,
         )
-    alt = f"Bars of {wording.plural(len(results.probes), 'probe')}: " + ", ".join(label for label, _, _ in series)
-    return render(
-        figure,
-        "scores",
-        "Every probe before and after" if len(series) > 1 else "Every probe",
-        f"{alt}; whiskers are {_percent(results)} intervals.",
-    )
-
-
-def _percent(results: Results) -> str:
-    return f"{100 * results.confidence:g} %"
+    count = say("count.probes", n=len(results.probes))
+    names = say("list.comma").join(label for label, _, _ in series)
+    alt = say("pictures.scores_alt", probes=count, series=names, percent=wording.confidence(results))
+    return render(figure, "scores", say("pictures.scores" if len(series) > 1 else "pictures.scores_once"), alt)

@@ -1,16 +1,18 @@
 "use strict";
 (() => {
+  const { items, others, words } = JSON.parse(document.getElementById("flip-data").textContent);
+  // Each place once, and never read as a pattern: a name may hold anything.
+  const put = (text, values) => text.replace(/\{(\w+)\}/g, (_, place) => values[place]);
   const copy = document.getElementById("copy");
   if (copy && navigator.clipboard) {
     copy.hidden = false;
     copy.addEventListener("click", async () => {
       await navigator.clipboard.writeText(document.getElementById("command").textContent);
-      copy.textContent = "Copied";
+      copy.textContent = words.copied;
     });
   }
   const list = document.getElementById("list");
   if (!list) return;
-  const { items, others } = JSON.parse(document.getElementById("flip-data").textContent);
   const find = document.getElementById("find"), more = document.getElementById("more"), count = document.getElementById("count");
   const fields = ["probe", "item", "prompt", "reference", "before", "after"];
   for (const it of items) it.text = [...fields.map((f) => it[f]), ...it.others].join("\n").toLowerCase();
@@ -28,27 +30,27 @@
   const card = (it) => {
     const li = make("li", it.outcome);
     const tone = { lost: "bad", worse: "bad", gained: "good", better: "good" }[it.outcome] || "";
-    li.append(make("span", "chip " + tone, it.outcome), " ", make("span", "small", it.probe + " · " + it.item));
+    li.append(make("span", "chip " + tone, words.outcome[it.outcome]), " ", make("span", "small", it.probe + " · " + it.item));
     li.append(make("p", "prompt", it.prompt));
     const answers = make("dl", "answers");
     const add = (label, text) => {
       const box = make("div");
-      box.append(make("dt", "", label), make("dd", "", text || "(empty)"));
+      box.append(make("dt", "", label), make("dd", "", text || words.empty));
       answers.append(box);
     };
-    if (it.reference) add("right answer", it.reference);
-    add("before", it.before);
-    add("after", it.after);
-    others.forEach((name, k) => it.others[k] && add("after, " + name, it.others[k]));
+    if (it.reference) add(words.right_answer, it.reference);
+    add(words.before, it.before);
+    add(words.after, it.after);
+    others.forEach((name, k) => it.others[k] && add(put(words.after_other, { name }), it.others[k]));
     li.append(answers);
     return li;
   };
   const draw = () => {
-    const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = find.value.toLowerCase().split(/\s+/).filter(Boolean);
     const hits = items.filter((it) => (!chosen.outcome || it.outcome === chosen.outcome)
-      && (!chosen.probe || it.probe === chosen.probe) && words.every((w) => it.text.includes(w)));
+      && (!chosen.probe || it.probe === chosen.probe) && wanted.every((w) => it.text.includes(w)));
     list.replaceChildren(...hits.slice(0, shown).map(card));
-    count.textContent = hits.length === items.length ? items.length + " items" : hits.length + " of " + items.length + " items";
+    count.textContent = put(hits.length === items.length ? words.count : words.count_of, { n: hits.length, all: items.length });
     more.hidden = hits.length <= shown;
   };
   for (const key of ["outcome", "probe"]) {

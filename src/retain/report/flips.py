@@ -10,18 +10,11 @@ from typing import Any
 
 from retain.errors import RunError
 from retain.report import wording
+from retain.report.language import say
 from retain.results import ProbeInfo, Results, load_items
 
-#: Outcome of an item, in the order in which the browser shows them.
-OUTCOMES = {
-    "lost": "right before, wrong after",
-    "gained": "wrong before, right after",
-    "worse": "lower score after",
-    "better": "higher score after",
-    "kept": "right before and after",
-    "wrong": "wrong before and after",
-    "same": "same score",
-}
+#: Outcomes of an item, in the order in which the browser shows them.
+OUTCOMES = ("lost", "gained", "worse", "better", "kept", "wrong", "same")
 TEXT_LIMIT = 2000  # characters per field; a prompt can be a whole document
 TOTAL_LIMIT = 6_000_000  # characters in the page; a phone has to open it
 
@@ -87,8 +80,20 @@ def outcome(before: dict[str, Any], after: dict[str, Any], higher_is_better: boo
 def _answer(row: dict[str, Any], info: ProbeInfo) -> str:
     text = _text(row["output"])
     if row["correct"] is None:
-        text = f"{text} (score {wording.score(info, row['score'])})"
+        text = say("items.with_score", text=text, score=wording.score(info, row["score"]))
     return text
+
+
+def words() -> dict[str, Any]:
+    """What the browser of items says."""
+    keys = ("empty", "right_answer", "before", "after", "copied")
+    found: dict[str, Any] = {key: say(f"items.{key}") for key in keys}
+    found["outcome"] = {word: say(f"outcome.{word}") for word in OUTCOMES}
+    # The page puts numbers and names into these places itself.
+    found["count"] = say("items.count", n="{n}")
+    found["count_of"] = say("items.count_of", n="{n}", all="{all}")
+    found["after_other"] = say("items.after_other", name="{name}")
+    return found
 
 
 def collect(directory: Path, results: Results, compare: Sequence[tuple[str, Path, Results]] = ()) -> Flips:
@@ -123,7 +128,7 @@ def collect(directory: Path, results: Results, compare: Sequence[tuple[str, Path
                 "probe": key[0],
                 "item": key[1],
                 "outcome": outcome(before, after, info.higher_is_better),
-                "prompt": _text(before["prompt"]) if said else "(a private run keeps no text)",
+                "prompt": _text(before["prompt"]) if said else say("items.private"),
                 "reference": _reference(before["reference"]),
                 "before": _answer(before, info),
                 "after": _answer(after, info),

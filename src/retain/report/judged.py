@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from retain.report import wording
+from retain.report.language import say
 from retain.results import Estimate, Results, Thresholds, Verdict
 
 
@@ -17,21 +18,13 @@ class Row(NamedTuple):
     meaning: str
 
 
-#: The three estimators of the share of items lost: name and meaning.
-LOST = {
-    "forgetting_raw": (
-        "Items lost",
-        "share of old questions that were right before and are wrong after; lucky guesses that turned count too",
-    ),
-    "forgetting_adjusted": (
-        "Items lost, chance-adjusted",
-        "less what guessing alone would turn; takes off too little where the same items stay unknown",
-    ),
-    "forgetting_paired": (
-        "Items lost, know or guess",
-        "as if every answer is known or guessed afresh; takes off too much where guesses repeat, down to below 0",
-    ),
-}
+#: The three estimators of the share of items lost.
+LOST = ("forgetting_raw", "forgetting_adjusted", "forgetting_paired")
+
+
+def lost_words() -> list[str]:
+    """Names of the three estimators."""
+    return [say(f"numbers.{key}") for key in LOST]
 
 
 def rows(results: Results) -> list[Row]:
@@ -41,31 +34,26 @@ def rows(results: Results) -> list[Row]:
         return []
     found = []
     if wording.changes_of(results, "task"):
-        meaning = "mean gain on the new tasks as a share of the score before; from 0, any gain is 100 %"
-        found.append(_percent("Improvement", verdict.improvement, verdict.intervals.get("improvement"), meaning, True))
-    meaning = "mean drop of old abilities as a share of the score before; what got better counts as 0"
-    found.append(_percent("Relative drop", verdict.forgetting, verdict.intervals.get("forgetting"), meaning))
-    for key, (name, meaning) in LOST.items():
+        found.append(_percent("improvement", verdict.improvement, verdict.intervals.get("improvement"), True))
+    found.append(_percent("drop", verdict.forgetting, verdict.intervals.get("forgetting")))
+    for key in LOST:
         if share := verdict.intervals.get(key):
-            found.append(_percent(name, share.value, share, meaning))
+            found.append(_percent(key, share.value, share))
     t = results.thresholds
-    balance = f"{t.keep_weight:g} · (1 − relative drop) + {t.learn_weight:g} · (0.5 + half the improvement, at most 1)"
-    found.append(_plain("Balance", verdict.balance, verdict.intervals.get("balance"), balance))
-    meaning = f"balance · mean score on old abilities ({verdict.mean_reference:.3f}): kept, learned, and good at all"
-    name = "Stability-efficiency"
-    found.append(_plain(name, verdict.stability_efficiency, verdict.intervals.get("stability_efficiency"), meaning))
-    found.append(Row("Successful", "yes" if verdict.successful else "no", "", _successful(verdict, t)))
+    why = say("numbers.balance_why", keep=f"{t.keep_weight:g}", learn=f"{t.learn_weight:g}")
+    found.append(_plain("balance", verdict.balance, verdict.intervals.get("balance"), why))
+    why = say("numbers.efficiency_why", score=f"{verdict.mean_reference:.3f}")
+    found.append(_plain("efficiency", verdict.stability_efficiency, verdict.intervals.get("stability_efficiency"), why))
+    word = say("numbers.yes" if verdict.successful else "numbers.no")
+    found.append(Row(say("numbers.successful"), word, "", _successful(verdict, t)))
     return found
 
 
 def thresholds(results: Results) -> str:
     """Which thresholds stand behind "kept" and behind an alarm."""
     t = results.thresholds
-    kept = f"{100 * t.margin:g} points ({t.margin_nats:g} nats per token for perplexity)"
-    return (
-        f"“Kept” is a loss of at most {kept}; an old ability that dropped by more than {100 * t.alarm:g} % of its "
-        "score is named. These limits, the weights and those of “successful” are settings, under “verdict”."
-    )
+    said = {"points": f"{100 * t.margin:g}", "nats": f"{t.margin_nats:g}", "alarm": f"{100 * t.alarm:g}"}
+    return say("numbers.thresholds", **said)
 
 
 def probes(results: Results) -> list[tuple[str, list[str]]]:
@@ -75,7 +63,7 @@ def probes(results: Results) -> list[tuple[str, list[str]]]:
         cells = []
         for key in LOST:
             value, share = getattr(change, key), change.intervals.get(key)
-            cells.append("–" if value is None else f"{wording.number(100 * value)} % {_ends(share, 100)}".strip())
+            cells.append("–" if value is None else f"{_share(value)} {_ends(share, 100)}".strip())
         if change.forgetting_raw is not None:
             table.append((info.name, cells))
     return table
@@ -85,7 +73,7 @@ def groups(results: Results) -> list[tuple[str, list[str]]]:
     """After each stage, the mean change of every group of old probes since the base, in points with interval."""
     return [
         (
-            f"after {task}",
+            say("stage.after", task=task),
             [
                 "–" if (d := deltas[place]) is None else f"{wording.points(d.value)} {_ends(d, 100, True)}"
                 for deltas in results.group_deltas.values()
@@ -98,19 +86,24 @@ def groups(results: Results) -> list[tuple[str, list[str]]]:
 
 def _successful(verdict: Verdict, t: Thresholds) -> str:
     parts = [
-        (verdict.forgetting < t.max_forgetting, f"mean drop below {100 * t.max_forgetting:g} %"),
-        (verdict.improvement > t.min_improvement, f"improvement above {100 * t.min_improvement:g} %"),
-        (verdict.mean_reference > t.min_reference, f"mean score on old abilities above {t.min_reference:g}"),
+        (verdict.forgetting < t.max_forgetting, say("numbers.below", limit=f"{100 * t.max_forgetting:g}")),
+        (verdict.improvement > t.min_improvement, say("numbers.above", limit=f"{100 * t.min_improvement:g}")),
+        (verdict.mean_reference > t.min_reference, say("numbers.good_at_all", limit=f"{t.min_reference:g}")),
     ]
-    return "all of: " + ", ".join(f"{words} ({'met' if met else 'not met'})" for met, words in parts)
+    said = [say("numbers.met" if met else "numbers.not_met", condition=condition) for met, condition in parts]
+    return say("numbers.all_of", parts=say("list.comma").join(said))
 
 
-def _percent(name: str, value: float, found: Estimate | None, meaning: str, sign: bool = False) -> Row:
-    return Row(name, f"{wording.number(100 * value, 1, sign)} %", _ends(found, 100, sign), meaning)
+def _share(value: float, sign: bool = False) -> str:
+    return wording.percent(wording.number(100 * value, 1, sign))
 
 
-def _plain(name: str, value: float, found: Estimate | None, meaning: str) -> Row:
-    return Row(name, wording.number(value, 3), _ends(found, 1), meaning)
+def _percent(key: str, value: float, found: Estimate | None, sign: bool = False) -> Row:
+    return Row(say(f"numbers.{key}"), _share(value, sign), _ends(found, 100, sign), say(f"numbers.{key}_why"))
+
+
+def _plain(key: str, value: float, found: Estimate | None, meaning: str) -> Row:
+    return Row(say(f"numbers.{key}"), wording.number(value, 3), _ends(found, 1), meaning)
 
 
 def _ends(found: Estimate | None, factor: int, sign: bool = False) -> str:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from retain.report import changed, judged, wording
+from retain.report import changed, judged, language, top, wording
 from retain.report import flips as flip
+from retain.report.language import say
 from retain.results import Change, ProbeInfo, Results, StepSummary, write_text
 
 EXAMPLES = 10
@@ -38,10 +39,10 @@ def change_row(info: ProbeInfo, change: Change) -> list[str]:
         f"{wording.difference(info, change.difference.value)} {wording.unit(info)} "
         f"{wording.difference_interval(info, change.difference)}",
         wording.probability(change.p_holm),
-        f"{wording.difference(info, change.detectable, sign=False)} {wording.unit(info)}",
+        wording.detectable(info, change),
         str(change.lost) if counted else "–",
         str(change.gained) if counted else "–",
-        change.conclusion,
+        language.name("conclusion", change.conclusion),
     ]
 
 
@@ -62,72 +63,19 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
         flips: its items before and after; the first `EXAMPLES` lost or gained ones are shown.
         compare: (label, results) of runs to set beside it.
     """
-    percent = f"{100 * results.confidence:g} %"
-    parts = [
-        f"# {cell(results.name)}",
-        f"**{wording.headline(results)[0]}.** {cell(wording.sentence(results), 2000)}",
-    ]
+    parts = [f"# {cell(results.name)}"]
     if left := wording.progress(results):
-        parts.insert(1, f"*{cell(left[0].upper() + left[1:], 2000)}.*")
+        parts.append(f"*{cell(left[0].upper() + left[1:], 2000)}{say('sentence.end')}*")
+    parts.append(f"**{cell(wording.headline(results)[0], 2000)}{say('sentence.end')}**")
+    parts += top_lines(results)
     numbers = [[n.label, n.value, n.interval, n.note] for n in wording.three(results)]
-    parts.append(table(["", "value", "interval", ""], numbers))
-    if results.verdict and results.verdict.lost_over_threshold:
-        parts.append("Lost a large part of: " + ", ".join(map(cell, results.verdict.lost_over_threshold)) + ".")
+    parts.append(table(["", say("md.value"), say("md.interval"), ""], numbers))
     if compare:
-        parts.append("## Side by side")
-        head = ["run", "learned", "kept", "lost", "verdict"]
+        parts.append(f"## {say('side.title')}")
+        head = [say("side.run"), *(n.label.lower() for n in wording.three(results)), say("side.verdict")]
         parts.append(table(head, compare_rows([(results.name, results), *compare])))
-    parts.append("## Every probe")
-    head = [
-        "probe",
-        "before",
-        "after",
-        "difference",
-        "p (Holm)",
-        "detectable",
-        "lost",
-        "gained",
-        "conclusion",
-    ]
-    for role, title in (("task", "New tasks"), ("reference", "Old abilities")):
-        pairs = wording.changes_of(results, role)
-        for group in dict.fromkeys(info.group for info, _ in pairs):
-            parts.append(f"### {title}: {cell(group)}")
-            parts.append(table(head, [change_row(info, c) for info, c in pairs if info.group == group]))
-    if not results.changes:
-        scores = results.scores.get(results.stages[0], {}) if results.stages else {}
-        rows = [
-            [
-                info.name,
-                info.group,
-                f"{wording.score(info, s.value)} {wording.score_interval(info, s)}",
-                info.items,
-            ]
-            for info in results.probes
-            if (s := scores.get(info.name)) is not None
-        ]
-        parts.append(table(["probe", "group", "score", "items"], rows))
-    else:
-        parts.append(
-            f"Intervals are {percent}, paired over the items. *Detectable*: the smallest true change that the probe "
-            "would have shown four times out of five by p (Holm), even if no other probe changed. *Lost* and *gained* "
-            "count items."
-        )
-    if results.tasks:
-        parts.append("## Tasks")
-        matrix = [
-            [stage, *("–" if v is None else f"{v:.3g}" for v in row)]
-            for stage, row in zip(results.stages, results.matrix)
-        ]
-        parts.append(table(["after", *map(cell, results.tasks)], matrix))
-        known = [(name, getattr(results.sequence, name)) for name in wording.SEQUENCE_WORDS]
-        lines = [(*wording.SEQUENCE_WORDS[name], f"{value:.3f}") for name, value in known if value is not None]
-        if lines:
-            parts.append(table(["number", "value", "meaning"], [[name, value, why] for name, why, value in lines]))
-        if len(results.tasks) > 1 and results.group_deltas:
-            parts.append("Change of old abilities by group since the base, in points (negative is worse):")
-            head = ["", *map(cell, results.group_deltas)]
-            parts.append(table(head, [[stage, *cells] for stage, cells in judged.groups(results)]))
+    parts += _probes(results)
+    parts += _tasks(results)
     parts += _judged(results)
     parts += _changed(results)
     parts += _examples(flips)
@@ -135,13 +83,75 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
     return "\n\n".join(parts) + "\n"
 
 
+def top_lines(results: Results) -> list[str]:
+    """The three facts, what was lost in large part, and the verdict in a sentence: one paragraph or list each."""
+    facts = [
+        f"- **{n.label}{say('list.colon')}{n.value}** {cell(n.interval)}  \n  {cell(n.note)}"
+        for n in top.facts(results)
+    ]
+    parts = ["\n".join(fact.rstrip() for fact in facts)] if facts else []
+    if large := top.fallen(results):
+        names = [f"- {cell(fallen.words)}{say('list.semicolon')}{fallen.doubt}" for fallen in large]
+        alarm = say("facts.alarm", percent=wording.percent(f"{100 * results.thresholds.alarm:g}"))
+        parts.append(f"**{alarm}**\n\n" + "\n".join(names))
+    return [*parts, cell(top.sentence(results), 2000)]
+
+
+def _probes(results: Results) -> list[str]:
+    parts = [f"## {say('md.every')}"]
+    if not results.changes:
+        scores = results.scores.get(results.stages[0], {}) if results.stages else {}
+        rows = [
+            [
+                info.name,
+                language.name("group", info.group),
+                f"{wording.score(info, s.value)} {wording.score_interval(info, s)}",
+                info.items,
+            ]
+            for info in results.probes
+            if (s := scores.get(info.name)) is not None
+        ]
+        return [*parts, table(_head("probes.probe", "probes.group", "probes.score", "probes.count"), rows)]
+    head = _head("probes.probe", "probes.before", "probes.after", "probes.difference", "probes.p", "probes.detectable")
+    head += _head("outcome.lost", "outcome.gained", "probes.conclusion")
+    for role in ("task", "reference"):
+        pairs = wording.changes_of(results, role)
+        for group in dict.fromkeys(info.group for info, _ in pairs):
+            title = say(f"role.{role}") + say("list.colon") + language.name("group", group)
+            parts.append(f"### {cell(title)}")
+            parts.append(table(head, [change_row(info, c) for info, c in pairs if info.group == group]))
+    return [*parts, say("md.explained", percent=wording.confidence(results))]
+
+
+def _head(*keys: str) -> list[str]:
+    """Words for the head of a table; only what begins a sentence elsewhere is written small."""
+    return [text if (text := say(key)).startswith("p ") else text[0].lower() + text[1:] for key in keys]
+
+
+def _tasks(results: Results) -> list[str]:
+    if not results.tasks:
+        return []
+    stages = [["–" if v is None else f"{v:.3g}" for v in row] for row in results.matrix]
+    rows = [[stage, *values] for stage, values in zip(results.stages, stages)]
+    parts = [f"## {say('md.tasks')}", table([say("md.after"), *map(cell, results.tasks)], rows)]
+    if lines := wording.sequence(results):
+        rows = [[name, value, why] for name, why, value in lines]
+        parts.append(table(_head("numbers.number", "numbers.value", "numbers.meaning"), rows))
+    if len(results.tasks) > 1 and results.group_deltas:
+        parts.append(say("md.groups"))
+        head = ["", *(cell(language.name("group", group)) for group in results.group_deltas)]
+        parts.append(table(head, [[stage, *cells] for stage, cells in judged.groups(results)]))
+    return parts
+
+
 def _judged(results: Results) -> list[str]:
     if not (found := judged.rows(results)):
         return []
-    parts = ["## The verdict in numbers", table(["number", "value", "interval", "meaning"], found)]
+    head = _head("numbers.number", "numbers.value", "md.interval", "numbers.meaning")
+    parts = [f"## {say('numbers.title')}", table(head, found)]
     parts.append(judged.thresholds(results))
     if lost := judged.probes(results):
-        head = ["old probe", *(name.lower() for name, _ in judged.LOST.values())]
+        head = [say("numbers.old_probe").lower(), *(name.lower() for name in judged.lost_words())]
         parts.append(table(head, [[name, *cells] for name, cells in lost]))
     return parts
 
@@ -149,10 +159,11 @@ def _judged(results: Results) -> list[str]:
 def _changed(results: Results) -> list[str]:
     parts = []
     if agreed := changed.agreed(results):
-        parts.append(table(["against the base", "value", "interval", "meaning"], agreed))
+        parts.append(table([say(f"changed.{k}") for k in ("against", "value", "interval", "meaning")], agreed))
     if moved := changed.moved(results):
-        parts.append(table(["number", "before", "after", "difference", "interval", "items"], moved))
-    return ["## How the answers changed", *parts, changed.NOTE] if parts else []
+        head = ("number", "before", "after", "difference", "interval", "items")
+        parts.append(table([say(f"changed.{k}") for k in head], moved))
+    return [f"## {say('changed.title')}", *parts, say("changed.note")] if parts else []
 
 
 def _examples(flips: flip.Flips) -> list[str]:
@@ -165,28 +176,38 @@ def _examples(flips: flip.Flips) -> list[str]:
     few = min(len(lost), max(EXAMPLES // 2, EXAMPLES - len(gained)))
     chosen = lost[:few] + gained[: EXAMPLES - few]
     rows = [
-        [item[key] for key in ("outcome", "probe", "item", "prompt", "reference", "before", "after")] for item in chosen
+        [
+            say(f"outcome.{item['outcome']}"),
+            *(item[key] for key in ("probe", "item", "prompt", "reference", "before", "after")),
+        ]
+        for item in chosen
     ]
-    counts = ", ".join(f"{count} {word}" for word, count in flips.counts.items())
+    counts = say("list.comma").join(
+        say("md.counted", n=count, word=say(f"outcome.{word}")) for word, count in flips.counts.items()
+    )
+    head = _head("items.outcome", "items.probe", "md.item", "md.prompt", "items.right_answer", "items.before")
     return [
-        "## Items that changed",
-        f"{len(chosen)} examples ({counts}); `report.html` has them all.",
-        table(["outcome", "probe", "item", "prompt", "right answer", "before", "after"], rows),
+        f"## {say('md.changed')}",
+        say("md.examples", n=len(chosen), counts=counts),
+        table([*head, say("items.after")], rows),
     ]
 
 
 def _how(results: Results) -> list[str]:
     rows: list[Sequence[object]] = [
-        ["model", results.model],
-        ["old data", results.old],
-        ["seed", results.seed],
-        ["made", results.created],
+        [say("how.model").lower(), results.model],
+        [say("md.old_data"), language.quoted(results.old)],
+        [say("how.seed").lower(), results.seed],
+        [say("how.made").lower(), results.created],
     ]
     for name, settings in results.methods.items():
-        rows.append([f"method {name}", ", ".join(f"{key} = {value}" for key, value in settings.items()) or "defaults"])
-    parts = ["## How it was run", table(["", ""], rows)]
+        said = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        rows.append([say("md.method", name=name), said or say("md.defaults")])
+    parts = [f"## {say('how.title')}", table(["", ""], rows)]
     if results.training:
-        head = ["task", "steps", "new rows", "replay rows", "time", "trainable", "final loss"]
+        head = _head(
+            "how.task", "how.steps", "how.new_rows", "how.replay_rows", "how.time", "how.trainable", "how.loss"
+        )
         parts.append(
             table(
                 head,
@@ -205,16 +226,17 @@ def _how(results: Results) -> list[str]:
             )
         )
     if results.notes:
-        parts.append("The rows:\n\n" + "\n".join(f"- {cell(note)}" for note in results.notes))
+        notes = "\n".join(f"- {cell(language.quoted(note))}" for note in results.notes)
+        parts.append(f"{say('md.rows')}\n\n{notes}")
     fence = "`" * (3 + max((len(run) for run in re.findall(r"`+", results.command)), default=0))
-    parts.append(f"Run it again:\n\n{fence}sh\n{results.command}\n{fence}")
+    parts.append(f"{say('md.again')}\n\n{fence}sh\n{results.command}\n{fence}")
     return parts
 
 
 def trainable(step: StepSummary) -> str:
     """Trainable parameters of a `StepSummary`, with their share of all."""
     share = 100 * step.trainable / step.parameters if step.parameters else 0.0
-    return f"{step.trainable:,} of {step.parameters:,} ({share:.2g} %)"
+    return say("how.trainable_of", some=step.trainable, all=step.parameters, share=f"{share:.2g}")
 
 
 def loss(step: StepSummary) -> str:

@@ -10,39 +10,43 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, Template
 
 from retain.errors import RunError
-from retain.report import changed, figures, judged, markdown, wording
+from retain.report import changed, figures, judged, language, markdown, top, wording
 from retain.report import flips as flip
 from retain.report.canvas import INK, Picture
+from retain.report.language import say
 from retain.results import Change, ProbeInfo, Results, load_metrics, load_results, write_text
 
-ROLES = {"task": "New tasks", "reference": "Old abilities"}
+ROLES = ("task", "reference")
 
 
-def write_report(directory: Path, compare: Sequence[Path] = ()) -> Path:
+def write_report(directory: Path, compare: Sequence[Path] = (), lang: str = "en") -> Path:
     """Write `report.html`, `report.md` and `figures/*.svg` into a run directory.
 
     Args:
         directory: the directory of a run that has learned a task; the page says when others are to come.
         compare: directories of other runs on the same base model and probes (plain fine-tuning, say); the
             report then sets them beside this one.
+        lang: language of all its words: "en" or "zh".
 
     Returns:
         The path of `report.html`.
 
     Raises:
+        ConfigError: a language that is not there.
         RunError: a directory has no results, a file in it is damaged, or a run cannot be compared.
     """
     directory = Path(directory)
     results = load_results(directory)
     beside = others(directory, results, compare)
     metrics = load_metrics(directory)
-    pictures = figures.draw(results, metrics, [(label, r, load_metrics(place)) for label, place, r in beside])
-    for picture in pictures:
-        write_text(directory / "figures" / f"{picture.name}.svg", picture.svg.replace(INK, "#767676"))
-    flips = flip.collect(directory, results, beside)
-    named = [(label, theirs) for label, _, theirs in beside]
-    markdown.write(directory, markdown.render(results, flips, named))
-    write_text(directory / "report.html", render(directory, results, pictures, flips, named))
+    with language.speaking(lang):
+        pictures = figures.draw(results, metrics, [(label, r, load_metrics(place)) for label, place, r in beside])
+        for picture in pictures:
+            write_text(directory / "figures" / f"{picture.name}.svg", picture.svg.replace(INK, "#767676"))
+        flips = flip.collect(directory, results, beside)
+        named = [(label, theirs) for label, _, theirs in beside]
+        markdown.write(directory, markdown.render(results, flips, named))
+        write_text(directory / "report.html", render(directory, results, pictures, flips, named))
     return directory / "report.html"
 
 
@@ -81,26 +85,27 @@ def render(
         results=results,
         headline=words,
         tone=tone,
-        sentence=wording.sentence(results),
+        sentence=top.sentence(results),
         progress=wording.progress(results),
-        numbers=wording.three(results) if results.changes else [],
-        percent=f"{100 * results.confidence:g} %",
+        facts=top.facts(results),
+        fallen=top.fallen(results),
+        alarm=wording.percent(f"{100 * results.thresholds.alarm:g}"),
+        left=top.left(results),
+        percent=wording.confidence(results),
         sections=[_section(results, role) for role in ROLES if wording.changes_of(results, role)],
         once=_once(results),
         side_by_side=side_by_side(runs) if compare else None,
-        sequence=_sequence(results),
+        sequence=wording.sequence(results),
         judged=judged.rows(results),
         thresholds=judged.thresholds(results),
         lost_items=judged.probes(results),
-        lost_words=[name for name, _ in judged.LOST.values()],
+        lost_words=judged.lost_words(),
         groups=judged.groups(results),
         agreed=changed.agreed(results),
         moved=changed.moved(results),
-        changed_note=changed.NOTE,
         pictures={picture.name: picture for picture in pictures},
         flips=flips,
-        outcomes=flip.OUTCOMES,
-        flip_data={"items": flips.items, "outcomes": list(flip.OUTCOMES), "others": flips.others},
+        flip_data={"items": flips.items, "others": flips.others, "words": flip.words()},
         methods=[(name, pairs(settings)) for name, settings in results.methods.items()],
         training=[(s, wording.duration(s.seconds), markdown.trainable(s), markdown.loss(s)) for s in results.training],
         environment=_environment(directory),
@@ -115,6 +120,7 @@ def template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals |= {"t": say, "name": language.name, "quoted": language.quoted, "lang": language.tag()}
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
     return environment.get_template(name)
 
@@ -136,8 +142,7 @@ def _row(info: ProbeInfo, change: Change, scale: float) -> dict[str, Any]:
         )
     )
     return row | {
-        "metric": info.metric,
-        "items": change.items,
+        "asked": say("probes.items", metric=language.name("metric", info.metric), n=change.items),
         "before": wording.score(info, change.before.value),
         "before_interval": wording.score_interval(info, change.before),
         "after": wording.score(info, change.after.value),
@@ -146,8 +151,8 @@ def _row(info: ProbeInfo, change: Change, scale: float) -> dict[str, Any]:
         "interval": wording.difference_interval(info, change.difference),
         "tick": _tick(info, change, scale),
         "tone": wording.CONCLUSION_TONE[change.conclusion],
-        "band": change.band,
-        "retention": f"{wording.number(change.retention, 0)} %",
+        "band": language.name("band", change.band),
+        "retention": wording.percent(wording.number(change.retention, 0)),
     }
 
 
@@ -170,10 +175,11 @@ def _section(results: Results, role: str) -> dict[str, Any]:
         mean = None
         if len(shares) > 1:
             before, after = (sum(v) / len(shares) for v in zip(*((c.before.value, c.after.value) for c in shares)))
-            mean = f"mean {100 * before:.1f} % → {100 * after:.1f} % ({wording.points(after - before)} points)"
+            ends = {"before": f"{100 * before:.1f}", "after": f"{100 * after:.1f}"}
+            mean = say("probes.mean", **ends, change=wording.points(after - before))
         rows = [_row(info, change, scales[wording.unit(info)]) for info, change in inside]
-        groups.append({"name": group, "mean": mean, "rows": rows})
-    return {"title": ROLES[role], "role": role, "groups": groups}
+        groups.append({"name": language.name("group", group), "mean": mean, "rows": rows})
+    return {"title": say(f"role.{role}"), "role": role, "groups": groups}
 
 
 def _once(results: Results) -> list[dict[str, Any]]:
@@ -184,8 +190,8 @@ def _once(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "name": info.name,
-            "group": info.group,
-            "metric": info.metric,
+            "group": language.name("group", info.group),
+            "metric": language.name("metric", info.metric),
             "items": info.items,
             "score": wording.score(info, scores[info.name].value),
             "interval": wording.score_interval(info, scores[info.name]),
@@ -218,15 +224,6 @@ def side_by_side(runs: Sequence[tuple[str, Results]]) -> dict[str, Any]:
         if any(cells):
             rows.append((info.name, cells))
     return {"runs": heads, "rows": rows}
-
-
-def _sequence(results: Results) -> list[tuple[str, str, str]]:
-    if len(results.tasks) < 2:
-        return []
-    values = {name: getattr(results.sequence, name) for name in wording.SEQUENCE_WORDS}
-    return [
-        (*wording.SEQUENCE_WORDS[name], wording.number(value, 3)) for name, value in values.items() if value is not None
-    ]
 
 
 def pairs(settings: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -205,5 +205,8 @@ def _markdown(report: Retention) -> str:
         if mine:
             head = ("domain", "question", "right answer", "before", "after")
             rows = [(flip.domain, flip.question, flip.reference, flip.before, flip.after) for flip in mine]
-            parts += [f"## {outcome.capitalize()}: {wording.plural(len(mine), 'question')}", markdown.table(head, rows)]
+            parts += [
+                f"## {outcome.capitalize()}: {len(mine)} question{'' if len(mine) == 1 else 's'}",
+                markdown.table(head, rows),
+            ]
     return "\n\n".join(parts) + "\n"

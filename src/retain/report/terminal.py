@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from retain.report import wording
+from retain.report import top, wording
 from retain.report.wording import CONCLUSION_TONE, Tone
 from retain.results import Results
 
@@ -25,7 +25,7 @@ def summary(results: Results) -> RenderableType:
     """The verdict, the three numbers and one line per probe of a run."""
     words, tone = wording.headline(results)
     text = Text(words + ". ", style=f"bold {STYLES[tone]}")
-    text.append(wording.sentence(results), style="not bold default")
+    text.append(top.sentence(results), style="not bold default")
     parts: list[RenderableType] = [Panel(text, title=_plain(results.name, 60), border_style=STYLES[tone])]
     numbers = Table.grid(padding=(0, 2))
     for big in wording.three(results):

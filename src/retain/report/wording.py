@@ -13,27 +13,14 @@ from typing import Literal
 
 from retain.errors import RunError
 from retain.functional.forgetting import retention
+from retain.report import language
+from retain.report.language import say
 from retain.results import Change, Estimate, ProbeInfo, Results
 
 Tone = Literal["good", "bad", "unknown"]
 
 #: Words in the name of a metric that say that a score is not a share between 0 and 1.
 _PLAIN = ("perplexity", "nats", "kl", "divergence", "length", "loss", "bits")
-
-#: Fields of `results.Sequence`: plain name and what it says.
-SEQUENCE_WORDS = {
-    "accuracy": ("Average score", "mean score over all tasks after the last one"),
-    "incremental_accuracy": ("Average on the way", "mean over stages of the average score so far"),
-    "backward_transfer": (
-        "Backward transfer",
-        "change of earlier tasks by later ones; negative is forgetting",
-    ),
-    "forward_transfer": ("Forward transfer", "change of a task, before it was trained, by earlier ones"),
-    "forgetting": ("Forgetting", "mean drop from the best score of each task; positive is worse"),
-    "plasticity": ("Plasticity", "mean score of each task just after it was trained"),
-    "stability": ("Stability", "how much of the earlier tasks is still there"),
-    "intransigence": ("Intransigence", "how much less was learned than by training alone"),
-}
 
 CONCLUSION_TONE: dict[str, Tone] = {"lost": "bad", "kept": "good", "gained": "good", "cannot tell": "unknown"}
 
@@ -69,7 +56,17 @@ def score(info: ProbeInfo, value: float | None) -> str:
     """A score: "72.5 %" for a share, "12.31" for a perplexity or another plain number."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{number(100 * value)} %" if is_share(info) else number(value, 2)
+    return percent(number(100 * value)) if is_share(info) else number(value, 2)
+
+
+def percent(value: str) -> str:
+    """A number with the percent sign, as the language sets it: "72.5 %"."""
+    return say("unit.percent", value=value)
+
+
+def confidence(results: Results) -> str:
+    """The confidence of the intervals: "95 %"."""
+    return percent(f"{100 * results.confidence:g}")
 
 
 def score_interval(info: ProbeInfo, estimate: Estimate) -> str:
@@ -81,8 +78,10 @@ def score_interval(info: ProbeInfo, estimate: Estimate) -> str:
 def unit(info: ProbeInfo) -> str:
     """Unit of a difference: percentage points, nats per token, or the unit of the metric itself."""
     if is_share(info):
-        return "points"
-    return "nats" if info.kind == "perplexity" or info.metric == "perplexity" else info.metric
+        return say("unit.points")
+    if info.kind == "perplexity" or info.metric == "perplexity":
+        return say("unit.nats")
+    return language.name("metric", info.metric)
 
 
 def difference(info: ProbeInfo, value: float | None, sign: bool = True) -> str:
@@ -90,6 +89,13 @@ def difference(info: ProbeInfo, value: float | None, sign: bool = True) -> str:
     if value is None:
         return "–"
     return number(100 * value, 1, sign) if is_share(info) else number(value, 3, sign)
+
+
+def detectable(info: ProbeInfo, change: Change) -> str:
+    """The smallest change that the probe would have shown, with its unit; in words where no change is large enough."""
+    if is_share(info) and change.detectable > 1:
+        return say("probes.nothing_detectable")
+    return f"{difference(info, change.detectable, sign=False)} {unit(info)}"
 
 
 def difference_interval(info: ProbeInfo, estimate: Estimate) -> str:
@@ -112,14 +118,17 @@ def probability(p: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds as "48 s", "12 min" or "3 h 05 min"."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return say("count.seconds", n=f"{seconds:.0f}")
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 120:
+        return say("count.minutes", n=minutes)
+    return say("count.hours", n=minutes // 60, minutes=minutes % 60)
 
 
-def plural(count: int, word: str) -> str:
-    """ "1 probe", "3 probes"."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """ "a, b, c, d and 2 more"."""
+    more = say("list.more", n=len(names) - most) if len(names) > most else ""
+    return say("list.comma").join(names[:most]) + more
 
 
 def changes_of(results: Results, role: str) -> list[tuple[ProbeInfo, Change]]:
@@ -144,22 +153,23 @@ def learned(results: Results) -> BigNumber:
     tasks = [(info, change) for info, change in changes_of(results, "task") if is_share(info)]
     tasks = tasks or changes_of(results, "task")
     if not tasks:
-        return BigNumber("Learned", "–", "", "nothing was trained, or no task probe", "unknown")
+        return BigNumber(say("big.learned"), "–", "", say("big.nothing_trained"), "unknown")
     conclusions = [change.conclusion for _, change in tasks]
     tone: Tone = "bad" if "lost" in conclusions else "good" if set(conclusions) == {"gained"} else "unknown"
     first = tasks[0][0]
-    gains = [(info, _gain(info, change.difference)) for info, change in tasks if unit(info) == unit(first)]
-    value = f"{difference(first, _mean([gain.value for _, gain in gains]))} {unit(first)}"
-    percent = f"{100 * results.confidence:g} %"
+    gains = [(info, gain(info, change.difference)) for info, change in tasks if unit(info) == unit(first)]
+    value = f"{difference(first, _mean([found.value for _, found in gains]))} {unit(first)}"
+    head = confidence(results) + say("list.colon")
     if len(gains) == 1:
         change = tasks[0][1]
-        note = f"{first.name}: {score(first, change.before.value)} → {score(first, change.after.value)}"
-        return BigNumber("Learned", value, f"{percent}: {difference_interval(*gains[0])}", note, tone)
-    each = ", ".join(f"{info.name} {difference_interval(info, gain)}" for info, gain in gains)
-    return BigNumber("Learned", value, f"{percent}: {each}", f"mean of {len(gains)} task probes", tone)
+        before, after = (score(first, found.value) for found in (change.before, change.after))
+        note = f"{first.name}{say('list.colon')}{before} → {after}"
+        return BigNumber(say("big.learned"), value, head + difference_interval(*gains[0]), note, tone)
+    each = say("list.comma").join(f"{info.name} {difference_interval(info, found)}" for info, found in gains)
+    return BigNumber(say("big.learned"), value, head + each, say("big.mean_of", n=len(gains)), tone)
 
 
-def _gain(info: ProbeInfo, change: Estimate) -> Estimate:
+def gain(info: ProbeInfo, change: Estimate) -> Estimate:
     """A difference with the sign turned where lower is better, so that positive means better."""
     if info.higher_is_better:
         return change
@@ -171,13 +181,17 @@ def kept(results: Results) -> BigNumber:
     references = changes_of(results, "reference")
     share = kept_share(results)
     if share is None:
-        return BigNumber("Kept", "–", "", "no reference probes before and after", "unknown")
+        return BigNumber(say("big.kept"), "–", "", say("big.no_reference"), "unknown")
     found = [change.conclusion for _, change in references]
-    tally = "; ".join(f"{found.count(word)} {word}" for word in CONCLUSION_TONE if word in found)
-    note = f"{plural(len(references), 'reference probe')}: {tally}"
-    ends = f"{100 * results.confidence:g} %: [{number(share.low)}, {number(share.high)}]"
+    tally = say("list.semicolon").join(
+        say("count.concluded", n=found.count(word), word=language.name("conclusion", word))
+        for word in CONCLUSION_TONE
+        if word in found
+    )
+    note = say("count.reference_probes", n=len(references)) + say("list.colon") + tally
+    ends = f"{confidence(results)}{say('list.colon')}[{number(share.low)}, {number(share.high)}]"
     interval = ends if math.isfinite(share.low) else ""
-    return BigNumber("Kept", f"{number(share.value)} %", interval, note, old_tone(results))
+    return BigNumber(say("big.kept"), percent(number(share.value)), interval, note, old_tone(results))
 
 
 def kept_share(results: Results) -> Estimate | None:
@@ -211,15 +225,14 @@ def lost(results: Results) -> BigNumber:
     """Macro change over the reference probes as points lost, with its interval (positive = worse)."""
     macro = results.verdict.difference if results.verdict else None
     if macro is None:
-        return BigNumber("Lost", "–", "", "no change of old abilities was measured", "unknown")
-    value = f"{number(-100 * macro.value)} points" if macro.value < 0 else "nothing"
-    note = (
-        "mean drop of old abilities" if macro.value < 0 else f"old abilities: {points(macro.value)} points on average"
-    )
-    note += "" if macro.high < 0 or macro.low > 0 else "; may be chance"
-    interval = f"{100 * results.confidence:g} %: [{number(-100 * macro.high)}, {number(-100 * macro.low)}]"
+        return BigNumber(say("big.lost"), "–", "", say("big.no_change"), "unknown")
+    drop = macro.value < 0
+    value = f"{number(-100 * macro.value)} {say('unit.points')}" if drop else say("big.nothing")
+    note = say("big.mean_drop") if drop else say("big.mean_gain", points=points(macro.value))
+    note += "" if macro.high < 0 or macro.low > 0 else say("big.may_be_chance")
+    interval = f"{confidence(results)}{say('list.colon')}[{number(-100 * macro.high)}, {number(-100 * macro.low)}]"
     tone: Tone = "bad" if macro.high < 0 else "good" if macro.low >= -results.thresholds.margin else "unknown"
-    return BigNumber("Lost", value, interval, note, tone)
+    return BigNumber(say("big.lost"), value, interval, note, tone)
 
 
 def three(results: Results) -> list[BigNumber]:
@@ -243,45 +256,59 @@ def old_tone(results: Results) -> Tone:
 
 
 def headline(results: Results) -> tuple[str, Tone]:
-    """A verdict of a few words and its colour."""
+    """A verdict of a few words and its colour; it names the old abilities that were lost in large part."""
     if not results.changes:
-        return "Measured; nothing trained", "unknown"
-    gain, old = learned(results).tone, old_tone(results)
+        return say("headline.measured"), "unknown"
+    words, tone = _verdict(results)
+    for key, names in zip(("headline.large", "headline.large_chance"), large_losses(results)):
+        words = say(key, rest=words, names=listed(names, 3)) if names else words
+    return words, tone
+
+
+def large_losses(results: Results) -> tuple[list[str], list[str]]:
+    """Old probes that dropped by more than the alarm of the run: those beyond chance, and those that may be chance."""
+    large = results.verdict.lost_over_threshold if results.verdict else []
+    shown = {change.probe for change in results.changes if change.conclusion == "lost"}
+    return [name for name in large if name in shown], [name for name in large if name not in shown]
+
+
+def _verdict(results: Results) -> tuple[str, Tone]:
+    new, old = learned(results).tone, old_tone(results)
     has_tasks, has_old = bool(changes_of(results, "task")), bool(changes_of(results, "reference"))
-    first = {"good": "Learned", "bad": "Got worse at the new task", "unknown": "No clear gain"}[gain]
+    first = say({"good": "headline.learned", "bad": "headline.worse", "unknown": "headline.no_gain"}[new])
     tasks = changes_of(results, "task")
     gained = sum(change.conclusion == "gained" for _, change in tasks)
-    if gain == "unknown" and 0 < gained < len(tasks):
-        first = f"Learned {gained} of {plural(len(tasks), 'task')}"
+    if new == "unknown" and 0 < gained < len(tasks):
+        first = say("headline.learned_some", done=gained, tasks=say("count.tasks", n=len(tasks)))
     if not has_old:
-        return f"{first}; old abilities not measured", "bad" if gain == "bad" else "unknown"
-    second = {
-        "good": "kept what it could do",
-        "bad": _loss_words(results),
-        "unknown": "cannot tell what was lost",
-    }[old]
+        return say("headline.no_old", first=first), "bad" if new == "bad" else "unknown"
+    second = {"good": say("headline.kept"), "bad": _loss_words(results), "unknown": say("headline.cannot_tell")}[old]
     if not has_tasks:
         return second[0].upper() + second[1:], old
-    tone: Tone = "bad" if "bad" in (gain, old) else "good" if (gain, old) == ("good", "good") else "unknown"
-    joint = {"good": ", and ", "bad": ", but ", "unknown": "; "}[old] if gain == "good" else "; "
-    return f"{first}{joint}{second}", tone
+    tone: Tone = "bad" if "bad" in (new, old) else "good" if (new, old) == ("good", "good") else "unknown"
+    joint = {"good": "and", "bad": "but", "unknown": "apart"}[old] if new == "good" else "apart"
+    return say(f"headline.{joint}", first=first, second=second), tone
 
 
 def _loss_words(results: Results) -> str:
     """How much was lost: points when the mean loss is beyond doubt, else how many probes say so."""
     macro = results.verdict.difference if results.verdict else None
     if macro is not None and macro.high < 0:
-        return f"lost {number(-100 * macro.value)} points of what it could do"
+        return say("headline.lost_points", points=number(-100 * macro.value))
     changes = [change for _, change in changes_of(results, "reference")]
     worse = sum(change.conclusion == "lost" for change in changes)
-    return f"{worse} of {plural(len(changes), 'old probe')} got worse"
+    count = len(changes)
+    return say("headline.lost_probes", worse=worse, all=count, probes=say("count.old_probes", n=count))
 
 
-def sentence(results: Results) -> str:
-    """The verdict sentence of the run, or what to say when there is none."""
-    if results.verdict is not None:
-        return results.verdict.sentence
-    return f"The model was measured on {plural(len(results.probes), 'probe')}; nothing was trained, so nothing changed."
+def sequence(results: Results) -> list[tuple[str, str, str]]:
+    """Numbers of the task matrix that are defined: name, what it says, value."""
+    values = results.sequence.model_dump()
+    return [
+        (say(f"sequence.{name}"), say(f"sequence.{name}_why"), number(value, 3))
+        for name, value in values.items()
+        if value is not None
+    ]
 
 
 def progress(results: Results) -> str:
@@ -289,7 +316,8 @@ def progress(results: Results) -> str:
     if results.finished:
         return ""
     done, total = len(results.tasks), len(results.tasks) + len(results.ahead)
-    return f"so far, {done} of {plural(total, 'task')}; still to learn: {', '.join(results.ahead)}"
+    names = say("list.comma").join(results.ahead)
+    return say("sentence.progress", done=done, tasks=say("count.tasks", n=total), names=names)
 
 
 def check_finished(results: Results) -> None:
