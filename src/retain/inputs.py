@@ -138,7 +138,7 @@ def load_probes(
         for probe in suite.load_probes(source, settings.limit):
             require_items(probe, f"probes.reference: {source}", {"probes.limit": settings.limit})
             probes.append(probe)
-            infos.append(probe_info(probe, "reference", None))
+            infos.append(probe.info("reference"))
     for entry, task in zip(config.tasks, tasks):
         items = task_items(task.test_rows, task.name, tokenizer, entry.list_choices)
         if not items:
@@ -149,7 +149,7 @@ def load_probes(
             limits = {"test_limit": entry.test_limit, "probes.task_limit": settings.task_limit}
             require_items(probe, f"tasks.{task.name}", limits, "test rows, with `test:` or a larger `hold_out:`")
             probes.append(probe)
-            infos.append(probe_info(probe, "task", task.name))
+            infos.append(probe.info("task", task.name))
     names = [info.name for info in infos]
     for name in names:
         if names.count(name) > 1:
@@ -175,21 +175,6 @@ def require_items(probe: Any, where: str, limits: Mapping[str, int | None], more
             f"{where}: {count} item{'' if count == 1 else 's'} for '{probe.name}' given; {probe.metric} needs at least "
             f"{probe.fewest} for an interval. {f'Raise {tight}' if tight else f'Give more {more}'}."
         )
-
-
-def probe_info(probe: Any, role: str, task: str | None) -> ProbeInfo:
-    """What a probe measures, for the results."""
-    return ProbeInfo(
-        name=probe.name,
-        kind=probe.kind,
-        group=probe.group,
-        role=role,  # type: ignore[arg-type]
-        task=task,
-        metric=probe.metric,
-        higher_is_better=probe.higher_is_better,
-        chance=probe.chance,
-        items=len(probe.items),
-    )
 
 
 def space_needed(config: RunConfig, lora: bool) -> int:

@@ -253,7 +253,11 @@ def load_items(path: Path) -> list[dict[str, Any]]:
 
 def load_metrics(directory: Path) -> list[dict[str, Any]]:
     """Read `metrics.jsonl`; a half-written last line (a run that was killed) is left out."""
-    path = Path(directory) / "metrics.jsonl"
+    return load_records(Path(directory) / "metrics.jsonl")
+
+
+def load_records(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON Lines file; none when it is not there. Half a line (a run that was killed) is left out."""
     records = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():

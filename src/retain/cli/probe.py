@@ -25,7 +25,7 @@ def command(
     from rich.table import Table
 
     from retain import analysis
-    from retain.inputs import probe_info, require_items
+    from retain.inputs import require_items
     from retain.models.load import load_model
     from retain.models.params import computes_bf16
     from retain.pipeline import load_run
@@ -51,7 +51,7 @@ def command(
         save_items(rows, Path(items))
     table = Table("probe", "group", "metric", "items", "score", "95 %", "chance", title=f"{model}")
     for probe in chosen:
-        info = probe_info(probe, "reference", None)
+        info = probe.info("reference")
         found = analysis.score([r for r in rows if r["probe"] == probe.name], info)
         chance = "" if info.chance is None else f"{info.chance:.2f}"
         table.add_row(

@@ -7,7 +7,7 @@ Reads the files of a run directory and nothing else: no model, no network, no to
     canvas.py    colours and SVG of every chart    terminal.py  Rich tables
     wording.py   numbers and verdicts in words     flips.py     items whose answer changed
     compare.py   runs against the first of them    front.py     learned against kept
-    judged.py    the verdict in numbers
+    judged.py    the verdict in numbers            trend.py     what a monitor saw while training
     labels.py    names of points that cover nothing
 """
 
