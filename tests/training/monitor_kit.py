@@ -8,13 +8,16 @@ from typing import Any
 
 from datasets import Dataset
 from run_kit import write_lines
+from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
-from training_kit import rows
+from training_kit import rows, stored
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from retain.probes.base import Subject
 from retain.probes.suite import load_probes
+from retain.training.monitor import ForgettingMonitor
 
 TEXTS = ["Seven small ships sailed over the sea.", "The heart pumps blood.", "Rome is the capital of Italy."]
 
@@ -24,7 +27,13 @@ def habits(path: Path) -> Path:
     at a high rate loses some."""
     choices = ["the bird", "seven ships", "blood", "Rome", "prompt"]
     items = [
-        {"id": f"h{i}", "probe": "habits", "prompt": f"What is {i}?", "choices": choices[i % 2 : i % 2 + 4], "answer": 0}
+        {
+            "id": f"h{i}",
+            "probe": "habits",
+            "prompt": f"What is {i}?",
+            "choices": choices[i % 2 : i % 2 + 4],
+            "answer": 0,
+        }
         for i in range(10)
     ]
     write_lines(path, items)
@@ -62,7 +71,11 @@ def host(kind: str, folder: Path, callbacks: Any = (), model: Any = None, **sett
         encoded = [tokenizer(text) for text in texts]
         data = Dataset.from_list([{"input_ids": e["input_ids"], "labels": e["input_ids"]} for e in encoded])
         made = Trainer(
-            model, TrainingArguments(**given), data_collator=DataCollatorForSeq2Seq(tokenizer), train_dataset=data, **common
+            model,
+            TrainingArguments(**given),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            train_dataset=data,
+            **common,
         )
     elif kind == "sft":
         made = SFTTrainer(model, SFTConfig(**given, max_length=64), train_dataset=rows(24), **common)
@@ -76,6 +89,14 @@ def host(kind: str, folder: Path, callbacks: Any = (), model: Any = None, **sett
 
 
 OTHER = [{"role": "assistant", "content": "sea cold ships land"}]
+
+
+def kept(folder: Path, probes: str) -> None:
+    """A training with a checkpoint at every look, which goes on from the newest; leaves `end.safetensors`."""
+    monitor = ForgettingMonitor(every=2, probes_every=2, probes=[probes], anchors=TEXTS, checkpoint=True)
+    made = host("sft", folder, [monitor], max_steps=14, learning_rate=1e-2)
+    made.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    save_file({k: v.contiguous() for k, v in stored(made.model).items()}, folder / "end.safetensors")
 
 
 def looks(path: Path) -> list[dict[str, Any]]:

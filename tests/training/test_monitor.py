@@ -24,7 +24,7 @@ from retain.results import load_metrics, load_records
 from retain.training import looks as looks_module
 
 sys.path.insert(0, str(Path(__file__).parent))
-from monitor_kit import TEXTS, habits, host, looks
+from monitor_kit import TEXTS, habits, host, kept, looks
 
 
 @pytest.fixture(scope="module")
@@ -185,19 +185,9 @@ def test_resumed_training_has_one_baseline_and_the_same_looks(probes, tmp_path):
 
 
 def test_kill_9_loses_no_look(probes, tmp_path):
-    script = Path(__file__).parent / "scripts" / "monitor_run.py"
-
-    def start(folder: Path) -> subprocess.Popen:
-        command = [sys.executable, str(script), str(folder), probes]
-        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def end(process: subprocess.Popen) -> None:
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0, out + err[-3000:]
-
-    end(start(tmp_path / "whole"))
-    log = tmp_path / "cut" / "monitor.jsonl"
-    process = start(tmp_path / "cut")
+    kept(tmp_path / "whole", probes)
+    script, log = Path(__file__).parent / "scripts" / "monitor_run.py", tmp_path / "cut" / "monitor.jsonl"
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "cut"), probes], env=environment())
     until = time.monotonic() + 200
     while len(load_records(log)) < 4 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
@@ -208,7 +198,7 @@ def test_kill_9_loses_no_look(probes, tmp_path):
     with open(log, "a") as file:
         file.write('{"kind": "monitor", "task": "", "step": 99, "kl"')  # half a line
     assert [r["step"] for r in load_records(log)] == held
-    end(start(tmp_path / "cut"))
+    kept(tmp_path / "cut", probes)
     assert looks(log) == looks(tmp_path / "whole" / "monitor.jsonl")
     assert same_bits(*(load_file(tmp_path / name / "end.safetensors") for name in ("whole", "cut")))
     # a checkpoint with each look
@@ -380,7 +370,7 @@ def test_mistakes_are_named(probes, tmp_path):
         ForgettingMonitor(action="raise")
     with pytest.raises(ConfigError, match="Give `probes`"):
         ForgettingMonitor(probes=[], action="stop")
-    with pytest.raises(DataError, match="at least|2 such texts"):
+    with pytest.raises(DataError, match="2 such texts"):
         host("sft", tmp_path, [monitor(probes, anchors=["one text is too few"])]).train()
     with pytest.raises(ConfigError, match="no methods to raise"):
         host("sft", tmp_path, [monitor(probes, action="raise", raised="ewc")]).train()

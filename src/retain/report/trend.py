@@ -96,7 +96,9 @@ def _curves(asked: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
 
 def _forgetting(axes: Axes, asked: Sequence[Mapping[str, Any]], probes: Mapping[str, Mapping[int, float]]) -> None:
     for k, (name, curve) in enumerate(probes.items()):
-        style: dict[str, Any] = {"color": LINES[k], "label": short(name, 20).lstrip("_")} if k < 7 else {"color": BEFORE}
+        style: dict[str, Any] = (
+            {"color": LINES[k], "label": short(name, 20).lstrip("_")} if k < 7 else {"color": BEFORE}
+        )
         axes.plot(list(curve), list(curve.values()), linewidth=1.2, marker="o", markersize=2.5, **style)
     _band(axes, asked, "forgetting", INK, 100, linewidth=3, label="overall")
     low, high = axes.get_ylim()
@@ -104,7 +106,9 @@ def _forgetting(axes: Axes, asked: Sequence[Mapping[str, Any]], probes: Mapping[
     axes.set_ylabel("forgotten, %")
 
 
-def _band(axes: Axes, looks: Sequence[Mapping[str, Any]], key: str, colour: str, times: float = 1, **style: Any) -> None:
+def _band(
+    axes: Axes, looks: Sequence[Mapping[str, Any]], key: str, colour: str, times: float = 1, **style: Any
+) -> None:
     at = [look["at"] for look in looks]
     value, low, high = (
         [times * look[key].get(end, look[key]["value"]) for look in looks] for end in ("value", "low", "high")

@@ -7,7 +7,6 @@ goes to the trackers of `report_to`. A training ends with the same bits with and
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list
-from transformers import Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import TrainerCallback
 
 from retain.config import MonitorConfig
 from retain.data.sources import load_texts
@@ -30,7 +26,7 @@ from retain.methods.base import validated
 from retain.probes.base import Probe
 from retain.probes.suite import limited, load_probes
 from retain.results import append, load_records
-from retain.training import best_weights, raising
+from retain.training import best_weights, hosts, raising
 from retain.training.looks import Baseline, Looker, Proxies, anchor_texts, undisturbed
 from retain.training.reactions import Decision, Standing, decide, loss_gain, numbers_of
 from retain.training.watch import forget
@@ -111,11 +107,13 @@ class ForgettingMonitor(TrainerCallback):
 
     # -- events --------------------------------------------------------------------------------------------
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.trainer = self.trainer or _calling_trainer()
+        self.trainer = hosts.calling_trainer() or self.trainer
         folder, log = self._places
         self.folder = Path(folder or Path(args.output_dir) / "monitor")
         self.log = Path(log or Path(args.output_dir) / "monitor.jsonl")
-        self._check(args)
+        hosts.refuse_shards()
+        if self.settings.raised is not None:
+            raising.check(self.trainer, self.settings.raised)
         self._looked = state.global_step
         first: dict[str, Any] | None = None
         if PartialState().is_main_process:
@@ -125,9 +123,9 @@ class ForgettingMonitor(TrainerCallback):
                 raise ConfigError("monitor: the trainer has no tokenizer. Give it `processing_class`, or `tokenizer=`.")
             c = self.settings
             self.looker = Looker(self.texts, self.old, self.new, tokenizer, c.anchor_tokens, c.confidence)
-            first = self._begin(_unwrapped(model), args.device, state.global_step)
+            first = self._begin(hosts.unwrapped(model), args.device, state.global_step)
         raises = [(r["step"], r["standing"]["factor"]) for r in self._records() if "raise" in r["did"]]
-        self.standing, first, raises = _from_main((self.standing, first, raises))
+        self.standing, first, raises = hosts.from_main((self.standing, first, raises))
         for step, factor in raises:
             raising.put(self.trainer, str(self.settings.raised), step, factor)
         self._ended = self.standing.stopped
@@ -146,8 +144,8 @@ class ForgettingMonitor(TrainerCallback):
         record: dict[str, Any] = {}
         made = Decision()
         if PartialState().is_main_process:
-            record, made = self._look(_unwrapped(model), args, state)
-        record, made, self.standing = _from_main((record, made, self.standing))
+            record, made = self._look(hosts.unwrapped(model), args, state)
+        record, made, self.standing = hosts.from_main((record, made, self.standing))
         self._report(record)
         self._looked = step
         if made.factor is not None:
@@ -168,7 +166,7 @@ class ForgettingMonitor(TrainerCallback):
 
     def _put_back(self, model: Any) -> None:
         if self.standing.best_step is not None:
-            best_weights.put_back(self.folder, _unwrapped(model), self.standing.best_step)
+            best_weights.put_back(self.folder, hosts.unwrapped(model), self.standing.best_step)
 
     # -- looks ---------------------------------------------------------------------------------------------
     def _begin(self, model: Any, device: torch.device, step: int) -> dict[str, Any] | None:
@@ -273,21 +271,7 @@ class ForgettingMonitor(TrainerCallback):
     def _report(self, record: dict[str, Any]) -> None:
         """Hand the numbers of a look to the trackers, as the trainer hands them its own."""
         if self.trainer is not None and record:
-            # not `trainer.log`: subclasses add to each line what they collected since the last one, and begin anew
-            control = self.trainer.control
-            wanted = control.should_log  # is taken back by a log: the trainer's own line of this step is yet to come
-            Trainer.log(self.trainer, numbers_of(record))
-            control.should_log = wanted
-
-    def _check(self, args: Any) -> None:
-        kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else None
-        if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or is_deepspeed_zero3_enabled():
-            raise ConfigError(
-                "monitor: one process looks at the model while others wait, which shards (FSDP, ZeRO-3) do not allow. "
-                "Use DDP, or remove the monitor."
-            )
-        if self.settings.raised is not None:
-            raising.check(self.trainer, self.settings.raised)
+            hosts.log(self.trainer, numbers_of(record))
 
 
 def _loaded(sources: Sequence[Source], limit: int | None) -> list[Probe]:
@@ -295,26 +279,3 @@ def _loaded(sources: Sequence[Source], limit: int | None) -> list[Probe]:
     for source in sources:
         found += [limited(source, limit)] if isinstance(source, Probe) else load_probes(source, limit)
     return found
-
-
-def _unwrapped(model: Any) -> Any:
-    """Without DDP, whose forward pass would wait for the other processes."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-
-
-def _from_main(value: Any) -> Any:
-    """The main process's value on every process; the others wait here while it looks."""
-    if PartialState().num_processes == 1:
-        return value
-    return broadcast_object_list([value], from_process=0)[0]
-
-
-def _calling_trainer() -> Any:
-    """The trainer that called this callback: the host does not hand it on, and only it reaches the trackers."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back
-    return None

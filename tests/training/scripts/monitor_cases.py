@@ -18,7 +18,7 @@ CASES = {
     "plain": None,
     "warn": {},
     "stop": {"action": "stop", "max_forgetting": 0.01, "patience": 1},
-    "restore": {"action": "restore", "max_forgetting": 0.01, "patience": 2},
+    "restore": {"action": "restore", "score": "balance", "every": 1},
     "raise": {"action": "raise", "raised": "replay", "max_forgetting": 0.01, "patience": 1},
 }
 
@@ -30,14 +30,15 @@ def main(folder: Path, probes: str) -> None:
         if settings is not None:
             # a list of lines on every process: what is said must be said once
             said: list[str] = []
-            watch = [ForgettingMonitor(every=2, probes=[probes], anchors=TEXTS, say=said.append, **settings)]
+            own = {"every": 2, "probes": [probes], "anchors": TEXTS, "say": said.append}
+            watch = [ForgettingMonitor(**(own | settings))]
         if name == "raise":
             made = trainer(
                 build([{"replay": {"fraction": 0.25}}]), place, train_rows=rows(24), callbacks=watch, steps=12,
                 learning_rate=5e-2, batch=2, gradient_accumulation_steps=2,
             )  # fmt: skip
         else:
-            made = host("sft", place, watch, learning_rate=5e-2)
+            made = host("sft", place, watch, learning_rate=5e-2, max_steps=30 if name == "restore" else 6)
         made.train()
         state = PartialState()
         weights = {k: v.contiguous() for k, v in stored(made.model).items()}
