@@ -157,6 +157,8 @@ class _Runner:
         # under torchrun all processes train; the main one alone writes and probes, the others wait for it
         if self.ranks.is_main_process:
             self.probes, self.infos, questions = load_probes(config, self.tasks, self.tokenizer, self.say)
+            for index, task in enumerate(self.tasks if config.monitor is not None else [], 1):
+                self._monitor(index, task).with_tokenizer(self.tokenizer)
             data = check_directory(self.plan, rows, self.say)
             place.begin(config, data)
             for name, lines in ({} if config.private else questions).items():
@@ -336,7 +338,8 @@ class _Runner:
         """What watches the training of a task: against the base of the whole run, in the run's own records."""
         from retain.training.monitor import ForgettingMonitor
 
-        mine = [p for p, info in zip(self.probes, self.infos) if info.task == task.name] if self.probes else []
+        assert self.config.monitor is not None
+        mine = [p for p, info in zip(self.probes, self.infos) if info.task == task.name]
         return ForgettingMonitor(
             tasks=mine,
             folder=self.place.path / "monitor",

@@ -414,3 +414,8 @@ def test_settings_of_a_run(shop, tmp_path):
         parse(settings(shop, tmp_path, monitor={"evry": 3}))
     with pytest.raises(ConfigError, match=r"monitor\.raised: unknown 'ewc'"):
         plan(parse(settings(shop, tmp_path, monitor={"action": "raise", "raised": "ewc"})))
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"probe": "few", "text": "one text"}')
+    with pytest.raises(DataError, match=r"monitor\.probes: 'few' has 1 item"):
+        carry_out(shop, tmp_path / "few", monitor={"probes": [str(few)]})
+    assert not (tmp_path / "few").exists()

@@ -105,6 +105,15 @@ class ForgettingMonitor(TrainerCallback):
         self.trainer = trainer
         return self
 
+    def with_tokenizer(self, tokenizer: Any) -> Looker:
+        """The anchors and probes as they will be put to the model.
+
+        Raises:
+            DataError: too few of them for an interval, or two probes with one name.
+        """
+        c = self.settings
+        return Looker(self.texts, self.old, self.new, tokenizer, c.anchor_tokens, c.confidence)
+
     # -- events --------------------------------------------------------------------------------------------
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.trainer = hosts.calling_trainer() or self.trainer
@@ -121,8 +130,7 @@ class ForgettingMonitor(TrainerCallback):
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor of texts and images
             if tokenizer is None:
                 raise ConfigError("monitor: the trainer has no tokenizer. Give it `processing_class`, or `tokenizer=`.")
-            c = self.settings
-            self.looker = Looker(self.texts, self.old, self.new, tokenizer, c.anchor_tokens, c.confidence)
+            self.looker = self.with_tokenizer(tokenizer)
             first = self._begin(hosts.unwrapped(model), args.device, state.global_step)
         raises = [(r["step"], r["standing"]["factor"]) for r in self._records() if "raise" in r["did"]]
         self.standing, first, raises = hosts.from_main((self.standing, first, raises))
