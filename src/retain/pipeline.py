@@ -153,7 +153,8 @@ class _Runner:
         self.plan.stack.check_inputs(self.tokenizer)
         methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
         self.model: Any = None
-        self.probes, self.infos = [], []
+        self.probes: list[Any] = []
+        self.infos: list[Any] = []
         # under torchrun all processes train; the main one alone writes and probes, the others wait for it
         if self.ranks.is_main_process:
             self.probes, self.infos, questions = load_probes(config, self.tasks, self.tokenizer, self.say)
