@@ -28,7 +28,7 @@ import method_costs
 from side_by_side import Company, Line, Settings
 
 _AT_ONCE = 3  # methods that take turns with what they are compared with: each has a model and an optimizer of its own
-ROWS = ("ewc", "ewc-memory", "ewc-autograd", "fisher", "distill", "distill-memory", "choice", "startup")
+ROWS = ("ewc", "ewc-memory", "ewc-autograd", "fisher", "distill", "distill-memory", "choice", "startup", "monitor")
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
 HEAD = ("work", "against", "measured", "range", "at most", "met")
 
@@ -68,6 +68,10 @@ def measure(row: str, settings: Settings) -> list[Line]:
         import startup
 
         return startup.startup(settings)
+    if row == "monitor":
+        import watching
+
+        return watching.monitor(settings)
     import training_steps
 
     measured: dict[str, Callable[[Settings], list[Line]]] = {

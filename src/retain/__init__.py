@@ -13,6 +13,7 @@ _HOMES = {
     "ContinualTrainer": "retain.training.trainer",
     "ContinualMixin": "retain.training.trainer",
     "ContinualSDFTTrainer": "retain.training.on_policy",
+    "ForgettingMonitor": "retain.training.monitor",
     "run": "retain.pipeline",
     "load_run": "retain.pipeline",
     "read_config": "retain.config",

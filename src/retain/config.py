@@ -175,6 +175,57 @@ class VerdictConfig(_Settings):
         return self
 
 
+class MonitorConfig(_Settings):
+    """How a training is watched for forgetting, and what is done about it."""
+
+    every: int = Field(100, ge=1)
+    """Optimizer steps from one look to the next; the last step has one too."""
+    probes: list[str] = ["core"]
+    """Old abilities to ask about: built-in suites, probe files or folders; `[]` for the anchors alone."""
+    limit: int | None = Field(8, ge=2)
+    """At most this many items per probe (a fixed fair sample)."""
+    probes_every: int = Field(5, ge=1)
+    """The probes are asked at every so many-th look, and where an anchor's number moved or an alarm is near."""
+    anchors: str | None = None
+    """Texts on which loss and divergence from the base are taken at every look: a .txt file, or rows with a column
+    `text`; some of the core suite when not given."""
+    anchor_count: int = Field(128, ge=2)
+    """At most this many texts."""
+    anchor_tokens: int = Field(64, ge=2)
+    """At most this many tokens of each."""
+    move: float = Field(0.05, gt=0, allow_inf_nan=False)
+    """A rise of loss or divergence, in nats per token, that is worth a question: the probes are then asked. Not less
+    than three times what the arithmetic alone changes."""
+    max_forgetting: float = Field(0.3, gt=0, le=1)
+    """Alarm: the mean relative drop of old abilities is above this."""
+    patience: int = Field(2, ge=1)
+    """Looks in a row above it before anything is done."""
+    action: Literal["warn", "stop", "restore", "raise"] = "warn"
+    """What an alarm does: say it; stop the training; stop it and put the best weights back; raise `raised`."""
+    raised: str | None = None
+    """For `raise`: `replay`, whose share grows, or the name of another method, whose strength grows."""
+    factor: float = Field(2.0, gt=1, allow_inf_nan=False)
+    """For `raise`: by how much, at every alarm."""
+    most: float = Field(8.0, gt=1, allow_inf_nan=False)
+    """For `raise`: the largest factor in all."""
+    early_stop: int | None = Field(None, ge=1)
+    """Stop when so many looks at the probes in a row brought no better `score`."""
+    score: Literal["efficiency", "balance"] = "efficiency"
+    """Which look is the best: stability-efficiency, or the balance of what was kept and what was learned."""
+    checkpoint: bool = False
+    """Write a checkpoint at every look."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Confidence of every interval."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> MonitorConfig:
+        if (self.action == "raise") != (self.raised is not None):
+            raise ValueError("`action: raise` and `raised` (a method) go together. Give both, or none")
+        if not self.probes and (self.action != "warn" or self.early_stop):
+            raise ValueError("an action and `early_stop` go by the probes, and there are none. Give `probes`")
+        return self
+
+
 class RunConfig(_Settings):
     """A run: tasks learned in order by one model, with methods, measured before and after each."""
 
@@ -194,6 +245,8 @@ class RunConfig(_Settings):
     """What is measured."""
     verdict: VerdictConfig = VerdictConfig()
     """From which numbers on a run is called what."""
+    monitor: MonitorConfig | None = None
+    """Looks while training, and what they lead to; `true` for the usual ones, none when not given."""
     train: dict[str, Any] = {}
     """Any field of TRL's SFTConfig (a TrainingArguments): learning_rate, max_steps, bf16, …"""
     private: bool = False
@@ -226,6 +279,11 @@ class RunConfig(_Settings):
     @classmethod
     def _model_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("monitor", mode="before")
+    @classmethod
+    def _monitor_switch(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -362,6 +420,7 @@ def _one_line(error: ValidationError, where: str) -> str:
             "probes": ProbesConfig,
             "entry": ReferenceConfig,
             "verdict": VerdictConfig,
+            "monitor": MonitorConfig,
         }
         schema: type[BaseModel] = RunConfig
         for part in first["loc"][:-1]:

@@ -142,7 +142,7 @@ def load_probes(
         for probe in loaded:
             require_items(probe, f"probes.reference: {source}", {"probes.limit": settings.limit})
             probes.append(probe)
-            infos.append(probe_info(probe, "reference", None))
+            infos.append(probe.info("reference"))
     for entry, task in zip(config.tasks, tasks):
         items = task_items(task.test_rows, task.name, tokenizer, entry.list_choices)
         known, options = suite.kinds(), settings.tasks.given()
@@ -155,7 +155,7 @@ def load_probes(
             limits = {"test_limit": entry.test_limit, "probes.task_limit": settings.task_limit}
             require_items(probe, f"tasks.{task.name}", limits, "test rows, with `test:` or a larger `hold_out:`")
             probes.append(probe)
-            infos.append(probe_info(probe, "task", task.name))
+            infos.append(probe.info("task", task.name))
     of_tasks = [probe for probe, info in zip(probes, infos) if info.role == "task"]
     require_effect(settings.tasks.given() if of_tasks else {}, of_tasks, "probes.tasks")
     names = [info.name for info in infos]
@@ -195,21 +195,6 @@ def require_effect(options: Iterable[str], probes: Sequence[Any], where: str) ->
         if not any(option in probe.settings for probe in probes):
             kinds = ", ".join(sorted({probe.kind for probe in probes}))
             raise ConfigError(f"{where}: {option} has no effect on probes of kind {kinds}. Leave it out.")
-
-
-def probe_info(probe: Any, role: str, task: str | None) -> ProbeInfo:
-    """What a probe measures, for the results."""
-    return ProbeInfo(
-        name=probe.name,
-        kind=probe.kind,
-        group=probe.group,
-        role=role,  # type: ignore[arg-type]
-        task=task,
-        metric=probe.metric,
-        higher_is_better=probe.higher_is_better,
-        chance=probe.chance,
-        items=len(probe.items),
-    )
 
 
 def space_needed(config: RunConfig, lora: bool) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.errors import ConfigError, DataError
-from retain.inputs import probe_info, require_items
+from retain.inputs import require_items
 from retain.outcome import numbers
 from retain.results import (
     ProbeInfo,
@@ -132,7 +132,7 @@ def compare_models(
     if len(names) < 2:
         raise ConfigError(f"compare: {len(names)} model given. Give at least two; the first is the one before.")
     probes = open_probes(sources, limit, say)
-    infos = [probe_info(probe, "reference", None) for probe in probes]
+    infos = [probe.info("reference") for probe in probes]
     labels, tables = _labels(names), []
     origin = Origin(lambda: open_model(names[0])[0].to(_device()), folder / "answers" / "base")
     base = ""  # whose weights the answers of others depend on, where a probe compares with them

@@ -15,7 +15,7 @@ from typing import Any
 from retain import analysis
 from retain.config import RunConfig
 from retain.data.tasks import Task
-from retain.errors import ConfigError, RetainError, RunError, disk_full
+from retain.errors import ConfigError, RetainError, RunError, disk_full, unknown
 from retain.inputs import Rows, Say, digests, load_probes, read_rows, space_needed
 from retain.methods import build
 from retain.methods.base import Stack
@@ -70,6 +70,8 @@ def _planned(config: RunConfig) -> Plan:
             "model.quantize: on a quantised base one adapter learns all tasks, and `interpolate` needs a fresh one "
             "for each. Remove `interpolate`, give one task, or set `quantize: none`."
         )
+    if config.monitor is not None and config.monitor.raised and config.monitor.raised not in names:
+        raise ConfigError(unknown("monitor.raised", config.monitor.raised, names))
     on_policy = stack.writer.name if stack.writer is not None else ""
     for name, task in zip(config.task_names, config.tasks):
         if on_policy and (task.on != "completion" or task.streaming):
@@ -151,9 +153,13 @@ class _Runner:
         self.plan.stack.check_inputs(self.tokenizer)
         methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
         self.model: Any = None
+        self.probes: list[Any] = []
+        self.infos: list[Any] = []
         # under torchrun all processes train; the main one alone writes and probes, the others wait for it
         if self.ranks.is_main_process:
             self.probes, self.infos, questions = load_probes(config, self.tasks, self.tokenizer, self.say)
+            for index, task in enumerate(self.tasks if config.monitor is not None else [], 1):
+                self._monitor(index, task).with_tokenizer(self.tokenizer)
             data = check_directory(self.plan, rows, self.say)
             place.begin(config, data)
             for name, lines in ({} if config.private else questions).items():
@@ -311,6 +317,8 @@ class _Runner:
             run=context,
             callbacks=[Record(self.place.metrics, task.name), bar],
         )
+        if self.config.monitor is not None:
+            self._monitor(index, task).attach(trainer)
         trainer.remove_callback(PrinterCallback)
         if last:
             self.say(f"{task.name}: going on from {last.name}.")
@@ -336,6 +344,23 @@ class _Runner:
         if self.ranks.is_main_process:
             self.place.save_task(stage, parts(trainer.model), summary.model_dump())
         self.model = (index, settled(trainer.model))
+
+    def _monitor(self, index: int, task: Task) -> Any:
+        """What watches the training of a task: against the base of the whole run, in the run's own records."""
+        from retain.training.monitor import ForgettingMonitor
+
+        assert self.config.monitor is not None
+        mine = [p for p, info in zip(self.probes, self.infos) if info.task == task.name]
+        return ForgettingMonitor(
+            tasks=mine,
+            folder=self.place.path / "monitor",
+            log=self.place.metrics,
+            task=task.name,
+            follow=index > 1,
+            tokenizer=self.tokenizer,
+            say=self.say,
+            **self.config.monitor.model_dump(),
+        )
 
 
 def _ranks(use_cpu: bool) -> Any:

@@ -103,3 +103,26 @@ def test_shares_by_source_hold_in_blocks_too():
     made = sampler(every=4, sources=sources)
     rows = made.shown(20) - NEW
     assert np.bincount(origin[rows[rows >= 0]]).tolist() == [30, 10]
+
+
+def test_a_raised_share_begins_at_its_step_and_has_a_cap():
+    made, plain = sampler(epochs=2), sampler(epochs=2)
+    made.raise_share(5, 2.0)
+    made.raise_share(30, 100.0)
+    found = []
+    for epoch in range(2):
+        made.set_epoch(epoch)
+        found += list(made)
+    rows = [found[i : i + WINDOW] for i in range(0, len(found), WINDOW)]
+    assert rows[:5] == steps(plain)[:5]
+    assert [sum(row >= NEW for row in step) for step in rows] == [2] * 5 + [4] * 25 + [7] * 10
+    # places of new rows, and no others, are taken
+    for raised, planned in zip(rows, steps(plain), strict=True):
+        assert all(a == b for a, b in zip(raised, planned) if a < NEW or b >= NEW)
+    assert made.shown(33).tolist() == found[: 33 * WINDOW]
+    assert len(made) == len(plain)
+    again = sampler(epochs=2)
+    again.raise_share(5, 2.0)
+    assert again.shown(29).tolist() == found[: 29 * WINDOW]
+    again.raise_share(5, 1.0)
+    assert again.shown(20).tolist() == plain.shown(20).tolist()

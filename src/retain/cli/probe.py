@@ -24,7 +24,6 @@ def command(
     from rich.table import Table
 
     from retain import analysis
-    from retain.inputs import probe_info
     from retain.measuring import open_probes
     from retain.report.retention import EVERY, pooled
     from retain.results import save_items
@@ -37,14 +36,14 @@ def command(
         save_items(rows, Path(items))
     table = Table("probe", "group", "metric", "items", "score", "95 %", "chance", title=f"{model}")
     for probe in chosen:
-        info = probe_info(probe, "reference", None)
+        info = probe.info("reference")
         found = analysis.score([r for r in rows if r["probe"] == probe.name], info)
         chance = "" if info.chance is None else f"{info.chance:.2f}"
         table.add_row(
             probe.name, probe.group, info.metric, str(info.items), f"{found.value:.3f}",
             f"{found.low:.3f} – {found.high:.3f}", chance,
         )  # fmt: skip
-    infos = [probe_info(probe, "reference", None) for probe in chosen]
+    infos = [probe.info("reference") for probe in chosen]
     if (every := pooled(infos, rows)) is not None:
         found = analysis.score(every[1], every[0])
         table.add_section()

@@ -32,13 +32,12 @@ def command(
     from rich.table import Table
     from rich.text import Text
 
-    from retain.inputs import probe_info
     from retain.measuring import open_probes
     from retain.report.terminal import STYLES
 
     out = console()
     chosen = open_probes(probes, limit, quietly(out))
-    infos = [probe_info(probe, "reference", None) for probe in chosen]
+    infos = [probe.info("reference") for probe in chosen]
     texts = {
         (p.name, item.id): str(item.fields["prompt"]) for p in chosen for item in p.items if "prompt" in item.fields
     }

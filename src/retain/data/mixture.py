@@ -14,6 +14,8 @@ from retain.functional.pacing import in_blocks, mean_share
 from retain.functional.sampling import mix, shuffled
 from retain.functional.sources import Sources, odds
 
+_MORE = 5  # stream of random numbers: which places replay gets above the plan
+
 
 @dataclass
 class Mixture:
@@ -81,11 +83,38 @@ class MixtureSampler(Sampler[int]):
         self.epochs = max(1, math.ceil(epochs - 1e-9))
         self.epoch = 0
         self._plan: dict[int, np.ndarray] = {}
+        self._raised: list[tuple[int, float]] = []
         self._whole: np.ndarray | None = None  # all epochs in a row, where each cannot be planned alone
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
         self.epoch = epoch
+
+    def raise_share(self, step: int, factor: float) -> None:
+        """From a step on (counted from 0), let replay take `factor` times the places that the plan gives it there.
+
+        The places come from new rows, which are then not shown; a step keeps one of them. So nothing before that step
+        changes, and neither does the number of steps. The factor of the latest such step holds.
+        """
+        self._raised = [one for one in self._raised if one[0] < step] + [(step, factor)]
+
+    def _with_more(self, rows: np.ndarray, first: int) -> np.ndarray:
+        """Row numbers of whole steps, the first of which is step `first`, after the shares were raised."""
+        if not self._raised:
+            return rows
+        rows, count = rows.copy(), len(self.new_lengths)
+        pool = self.plan(0)[self.plan(0) >= count]  # in it sources have their weights
+        pool = pool if len(pool) else np.arange(count, count + len(self.replay_lengths))
+        for begin in range(0, len(rows), self.window):
+            step, part = first + begin // self.window, rows[begin : begin + self.window]
+            factor = next((factor for start, factor in reversed(self._raised) if start <= step), 1.0)
+            new = np.flatnonzero(part < count)
+            planned = len(part) - len(new)
+            more = min(round(planned * factor) - planned, len(new) - 1)
+            if factor != 1 and more > 0:
+                draw = np.random.default_rng([self.seed, step, _MORE])
+                part[draw.choice(new, more, replace=False)] = draw.choice(pool, more)
+        return rows
 
     def plan(self, epoch: int) -> np.ndarray:
         """The row numbers of an epoch, in order.
@@ -146,12 +175,13 @@ class MixtureSampler(Sampler[int]):
 
     def shown(self, steps: int) -> np.ndarray:
         """The row numbers of the first so many optimizer steps."""
-        parts, epoch = [np.empty(0, dtype=np.int64)], 0
+        parts, epoch, done = [np.empty(0, dtype=np.int64)], 0, 0
         while steps > 0:
             rows = self.plan(epoch)
             if not len(rows):
                 break
-            parts.append(rows[: steps * self.window])
+            parts.append(self._with_more(rows[: steps * self.window], done))
+            done += -(-len(rows) // self.window)
             steps, epoch = steps - math.ceil(len(rows) / self.window), epoch + 1
         return np.concatenate(parts)
 
@@ -160,13 +190,12 @@ class MixtureSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rows = self.plan(self.epoch)
-        if self.choose is None:
-            yield from rows.tolist()
-            return
         step = sum(-(-len(self.plan(epoch)) // self.window) for epoch in range(self.epoch))
         for begin in range(0, len(rows), self.window):
-            part = rows[begin : begin + self.window].copy()
-            late = part >= len(self.new_lengths)
-            part[late] = len(self.new_lengths) + self.choose(step, int(late.sum()))
+            part = self._with_more(rows[begin : begin + self.window], step)
+            if self.choose is not None:
+                part = part.copy()
+                late = part >= len(self.new_lengths)
+                part[late] = len(self.new_lengths) + self.choose(step, int(late.sum()))
             yield from part.tolist()
             step += 1

@@ -54,6 +54,7 @@ class Method:
     restrains_steps: ClassVar[bool] = False  # its `on_step_end` takes back a part of the step: after those that add one
     finishes_last: ClassVar[bool] = False  # its `finish_model` moves what others leave
     repeats_batches: bool = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
+    boost: float = 1.0  # factor on the strength while it trains, above what the settings say: a monitor may raise it
     on_policy: ClassVar[str] = ""  # why there are no supervised tokens: it learns from answers that the model writes
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
 
@@ -110,6 +111,11 @@ class Method:
             old: whether the user gave rows that stand for old data.
         """
         return None
+
+    @property
+    def boosts(self) -> bool:
+        """Whether `boost` has an effect: on a batch loss, where the stack applies it, or in a method of its own."""
+        return type(self).batch_loss is not Method.batch_loss
 
     @property
     def weighs_tokens(self) -> bool:
@@ -277,8 +283,10 @@ class Stack(Method):
 
     def batch_losses(self, batch: Batch, run: Run) -> dict[str, torch.Tensor]:
         """The batch losses of all methods, by name; sums over supervised tokens."""
-        losses = {m.name: m.batch_loss(batch, run) for m in self.methods}
-        return {name: loss for name, loss in losses.items() if loss is not None}
+        losses = {m.name: (m.batch_loss(batch, run), m.boost) for m in self.methods}
+        return {
+            name: loss if boost == 1 else boost * loss for name, (loss, boost) in losses.items() if loss is not None
+        }
 
     def batch_loss(self, batch: Batch, run: Run) -> torch.Tensor | None:
         losses = list(self.batch_losses(batch, run).values())

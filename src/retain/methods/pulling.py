@@ -20,6 +20,7 @@ class Pulling(Method):
     """A method whose pull is ½ · strength · Σ F (θ − θ*)²; a subclass calls `hold` when the task starts."""
 
     edits_gradients = True
+    boosts = True
 
     class Config(Strength):
         strength: float = Field(1.0, ge=0)
@@ -75,13 +76,13 @@ class Pulling(Method):
 
     def strength(self, run: Run) -> float:
         """The strength in this step."""
-        return self._strength(min(1.0, run.step / run.max_steps) if run.max_steps > 0 else 0.0)
+        return self.boost * self._strength(min(1.0, run.step / run.max_steps) if run.max_steps > 0 else 0.0)
 
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         value = self.pull.before_step(self.strength(run), self.config.form, run.logging_now)
         if value is not None:
             run.log(f"loss/{self.name}", value)
-            if self.config.schedule != "constant":
+            if self.config.schedule != "constant" or self.boost != 1:
                 run.log(f"{self.name}/strength", self.strength(run))
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+
+from retain.results import ProbeInfo
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,20 @@ class Probe:
     def chance(self) -> float | None:
         """Expected score of blind guessing, or None where guessing is hopeless."""
         return None
+
+    def info(self, role: Literal["reference", "task"], task: str | None = None) -> ProbeInfo:
+        """What it measures, for the results."""
+        return ProbeInfo(
+            name=self.name,
+            kind=self.kind,
+            group=self.group,
+            role=role,
+            task=task,
+            metric=self.metric,
+            higher_is_better=self.higher_is_better,
+            chance=self.chance,
+            items=len(self.items),
+        )
 
     def look(self, subject: Subject, progress: Progress = lambda n: None) -> list[Outcome]:
         """Ask every item; outcomes in the order of `self.items`."""

@@ -104,6 +104,12 @@ def probes_from_rows(
     return _build(placed, name, limit, seed, options)
 
 
+def limited(probe: Probe, limit: int | None, seed: int = 0) -> Probe:
+    """A probe with at most so many items: the sample that `load_probes` would take."""
+    items = _sample(probe.items, limit, seed)
+    return probe if items is probe.items else type(probe)(probe.name, items, probe.group, **probe.options)
+
+
 def _build(
     rows: Iterable[tuple[str, dict[str, Any]]],
     source: str,

@@ -14,6 +14,7 @@ from retain.report import language, wording
 from retain.report.canvas import BEFORE, INK, RUNS, STYLE, Picture, new_figure, render, short
 from retain.report.curves import forgetting, training
 from retain.report.language import say
+from retain.report.trend import trend
 from retain.results import Estimate, ProbeInfo, Results
 
 NAME, BAR = 0.25, 0.165  # inches that the name of a probe and each of its bars take
@@ -35,6 +36,7 @@ def draw(
         matrix(results),
         scores(results, [(label, theirs) for label, theirs, _ in others]),
         forgetting(results, metrics, others),
+        trend(metrics),
         training(metrics, [(label, records) for label, _, records in others], results.name),
     ]
     return [picture for picture in pictures if picture is not None]
