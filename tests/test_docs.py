@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from harness_kit import write_example_rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +29,10 @@ def desk(tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
         rows = [{"prompt": f"What is {name} {i}?", "response": f"It is {i * 7 % 10}."} for i in range(40)]
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "lm_eval").symlink_to(ROOT / "examples" / "lm_eval")
+    write_example_rows(tmp_path / "data")
+    monkeypatch.setenv("LM_EVAL_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -82,7 +82,7 @@ class ProbesConfig(_Settings):
     """What is measured before and after."""
 
     reference: list[str] = ["core"]
-    """Old abilities: built-in suites, probe files or folders."""
+    """Old abilities: built-in suites, probe files or folders, tasks of lm-evaluation-harness (`lm_eval:TASK`)."""
     limit: int | None = Field(None, ge=1)
     """At most this many items per reference probe (a fixed fair sample)."""
     task_limit: int | None = Field(200, ge=1)

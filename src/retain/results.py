@@ -58,6 +58,11 @@ class ProbeInfo(_Record):
     chance: float | None = None  # expected score of blind guessing
     items: int
 
+    @property
+    def is_perplexity(self) -> bool:
+        """Whether items score nats over `tokens` (of words and bytes, too), and the probe exp of their mean."""
+        return self.metric.split("_")[-1] == "perplexity"
+
 
 class Change(_Record):
     """One probe, before against after, on the same items.

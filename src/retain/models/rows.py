@@ -26,8 +26,8 @@ from retain.models.params import causal
 
 Progress = Callable[[int], None]
 
-_LOGIT_NUMBERS = 2**28  # logits held at once; one gigabyte in float32
-_CPU_TOKENS = 1024  # larger batches leave the processor's caches: 20 % slower at 4096 (135 M, 2 cores)
+LOGIT_NUMBERS = 2**28  # logits held at once; one gigabyte in float32
+CPU_TOKENS = 1024  # larger batches leave the processor's caches: 20 % slower at 4096 (135 M, 2 cores)
 _keeps: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -112,7 +112,7 @@ def score_rows(
 ) -> list[float]:
     """Sum of the log-probabilities per owner. Rows of like length go together, the longest first."""
     if causal(model).get_input_embeddings().weight.device.type == "cpu":
-        batch_tokens = min(batch_tokens, _CPU_TOKENS)
+        batch_tokens = min(batch_tokens, CPU_TOKENS)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     parts: list[list[float]] = [[] for _ in range(owners)]
     waiting = [0] * (max((i for row in rows for i in row.items), default=-1) + 1)
@@ -120,7 +120,7 @@ def score_rows(
         for item in row.items:
             waiting[item] += 1
     vocabulary = getattr(text_config(model), "vocab_size", None) or len(tokenizer)
-    for batch in _batches(rows, batch_tokens, max(1, _LOGIT_NUMBERS // vocabulary)):
+    for batch in _batches(rows, batch_tokens, max(1, LOGIT_NUMBERS // vocabulary)):
         for owner, value in forward_rows(model, pad, batch):
             parts[owner].append(value)
         finished = 0

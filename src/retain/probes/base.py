@@ -60,7 +60,7 @@ class Probe:
     """A named set of items of one kind. A kind is one file with one subclass, which overrides `look`."""
 
     kind: ClassVar[str]
-    metric: ClassVar[str]
+    metric: str  # of the kind, or of a probe whose options say what is measured
     group: str = "capability"  # knowledge | capability | behaviour, unless the items say otherwise
     higher_is_better: ClassVar[bool] = True
     fewest: ClassVar[int] = 1  # items without which there is no interval: right or wrong has one from the first on

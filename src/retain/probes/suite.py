@@ -24,6 +24,8 @@ from typing import Any
 import retain.probes
 from retain.errors import DataError, unknown
 from retain.probes.base import Item, Probe
+from retain.probes.harness import harness_probes
+from retain.probes.harness_tasks import PREFIX
 
 GROUPS = ("knowledge", "capability", "behaviour")
 BUILT_IN = Path(__file__).parent / "suites"
@@ -54,9 +56,10 @@ def load_probes(
     """Probes of a source, in the order of its files and rows.
 
     Args:
-        source: the name of a built-in suite (`core`), a JSONL file, or a folder whose *.jsonl are read.
+        source: the name of a built-in suite (`core`), a JSONL file, a folder whose *.jsonl are read, or `lm_eval:` and
+            a task of lm-evaluation-harness (`harness_tasks.tasks_of`), which knows its own name, seed and options.
         limit: at most this many items per probe: a fair sample, the same at every call, in the order of the
-            file; a smaller limit takes a part of what a larger one takes.
+            file; a smaller limit takes a part of what a larger one takes. Of the harness's tasks the first ones.
         name: name for rows that do not say their probe; the stem of the file by default.
         seed: of the sample.
         options: options of the probes, such as `normalisation`, `layout`, `max_tokens`, `window`.
@@ -64,6 +67,8 @@ def load_probes(
     Raises:
         DataError: nothing there; a row that is malformed, incomplete, twice there, or of no known kind.
     """
+    if str(source).startswith(PREFIX):
+        return list(harness_probes(str(source), limit))
     rows = (
         (where, {**row, "probe": row.get("probe") or name or _stem(path)})
         for path in _files(source)
@@ -127,7 +132,7 @@ def _files(source: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     built_in = ", ".join(sorted(folder.name for folder in BUILT_IN.iterdir() if folder.is_dir()))
-    raise DataError(f"{source}: no such file or folder. Give a path, or a built-in suite: {built_in}.")
+    raise DataError(f"{source}: no such file or folder. Give a path, a built-in suite ({built_in}), or lm_eval:TASK.")
 
 
 def _stem(path: Path) -> str:

@@ -52,7 +52,8 @@ class BigNumber:
 def is_share(info: ProbeInfo) -> bool:
     """Whether the scores of a probe are shares between 0 and 1, written as percentages."""
     metric = info.metric.lower()
-    return info.kind != "perplexity" and not any(word in metric.split() or word == metric for word in _PLAIN)
+    words = metric.replace("_", " ").split()
+    return not info.is_perplexity and not any(word in words for word in _PLAIN)
 
 
 def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
@@ -82,7 +83,7 @@ def unit(info: ProbeInfo) -> str:
     """Unit of a difference: percentage points, nats per token, or the unit of the metric itself."""
     if is_share(info):
         return "points"
-    return "nats" if info.kind == "perplexity" or info.metric == "perplexity" else info.metric
+    return "nats" if info.is_perplexity else info.metric
 
 
 def difference(info: ProbeInfo, value: float | None, sign: bool = True) -> str:
