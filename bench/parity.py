@@ -26,9 +26,9 @@ PAGE = ROOT / "docs" / "parity.md"
 
 _TEXT = """# The same numbers elsewhere
 
-Written by `python bench/parity.py --write`; a test compares them anew. Theirs is what the other library makes of the same
-input, ours what `retain` makes of it. Equal means to the last digit that is shown; a bootstrap draws at random, so there
-equal means closer than its error, which is written beside it.
+Written by `python bench/parity.py --write`; a test compares them anew. Theirs is what the other library makes of the
+same input, ours what `retain` makes of it. Equal means to the last digit that is shown; a bootstrap draws at random, so
+there equal means closer than its error, which is written beside it.
 
 {table}
 
@@ -53,7 +53,9 @@ class Row:
         """Whether nobody could tell them apart on the page."""
         if self.error:
             return abs(self.theirs - self.ours) <= self.error
-        return abs(self.theirs - self.ours) <= 0.5 * 10 ** (math.floor(math.log10(abs(self.theirs) or 1)) + 1 - self.digits)
+        return abs(self.theirs - self.ours) <= 0.5 * 10 ** (
+            math.floor(math.log10(abs(self.theirs) or 1)) + 1 - self.digits
+        )
 
     def shown(self, value: float) -> str:
         """The number as it stands on the page."""
@@ -113,7 +115,7 @@ def scores(count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     return before, after
 
 
-def tests(count: int = 200) -> Iterator[Row]:
+def intervals(count: int = 200) -> Iterator[Row]:
     """Intervals and tests of right and wrong items, and the correction for several of them."""
     from scipy import stats
 
@@ -135,7 +137,7 @@ def tests(count: int = 200) -> Iterator[Row]:
 
 
 def slow_holm(p: list[float]) -> list[float]:
-    """Holm by closed testing (Marcus et al. 1976): p of a hypothesis is the largest Bonferroni p of all sets with it."""
+    """Holm by closed testing (Marcus et al. 1976): p of a test is the largest Bonferroni p of all sets with it."""
     from itertools import combinations
 
     sets = [group for size in range(1, len(p) + 1) for group in combinations(range(len(p)), size)]
@@ -189,9 +191,8 @@ def written() -> Iterator[Row]:
     """Numbers of written answers, where this version of retain has them."""
     if not find_spec("retain.data.text_scores"):
         return
-    from sacrebleu.metrics import BLEU
-
     from retain.data.text_scores import bleu
+    from sacrebleu.metrics import BLEU
 
     for text, reference in PAIRS:
         theirs = BLEU(effective_order=True).sentence_score(text, [reference]).score / 100
@@ -206,7 +207,13 @@ PAIRS = [
 
 def rows(limit: int = 9, resamples: int = 10_000) -> list[Row]:
     """All comparisons; with fewer items and draws for a test."""
-    parts: list[Iterator[Row]] = [harness(limit), tests(), bootstraps(resamples=resamples), classification(), written()]
+    parts: list[Iterator[Row]] = [
+        harness(limit),
+        intervals(),
+        bootstraps(resamples=resamples),
+        classification(),
+        written(),
+    ]
     return [row for part in parts for row in part]
 
 

@@ -24,7 +24,8 @@ def rows(count: int = 9) -> list[dict[str, Any]]:
             "question": f"What is the capital of {PLACES[i % 6]} {i}?",
             "choices": [CHOICES[(i + k) % 3] for k in range(3)],
             "answer": ANSWERS[i % 9],
-            "text": f"Seven ships sailed {i} times. " * (1 + i % 4) + "The heart pumps blood. " * (70 * (i == count - 1)),
+            "text": f"Seven ships sailed {i} times. " * (1 + i % 4)
+            + "The heart pumps blood. " * (70 * (i == count - 1)),
             "good": f"The bird sailed {i} times." + " Seven small ships sailed over the cold northern sea." * (i % 2),
             "bad": f"The birds sails {i} times.",
             "target": NUMBERS[i % 7],

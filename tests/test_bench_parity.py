@@ -33,7 +33,9 @@ def test_every_number_is_equal(found):
 
 def test_the_page_is_fresh(parity, found):
     """Names of its rows; numbers may differ in the last digit on another processor."""
-    lines = [line.split(" | ") for line in parity.PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    lines = [
+        line.split(" | ") for line in parity.PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
     assert [line[0].removeprefix("| ") for line in lines[1:]] == [row.name for row in found]
     assert all(line[-1].startswith("yes") for line in lines[1:])
 
@@ -52,6 +54,6 @@ def test_a_wrong_number_is_found(parity, monkeypatch):
 
     right = statistics.holm
     monkeypatch.setattr(statistics, "holm", lambda p: [min(1, value * len(p)) for value in p])  # Bonferroni's
-    assert [row for row in parity.tests() if not row.equal]
+    assert [row for row in parity.intervals() if not row.equal]
     monkeypatch.setattr(statistics, "holm", right)
-    assert all(row.equal for row in parity.tests())
+    assert all(row.equal for row in parity.intervals())

@@ -42,7 +42,7 @@ def test_examples_read_local_rows(file, names, metric, chance, data):
 
 def test_without_rows_one_line_says_where_they_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_EVAL_DATA", str(tmp_path))
-    with pytest.raises(DataError, match="set LM_EVAL_DATA to the folder that holds arc_easy/test.jsonl") as caught:
+    with pytest.raises(DataError, match=r"set LM_EVAL_DATA to the folder that holds arc_easy/test\.jsonl") as caught:
         load_probes(f"lm_eval:{FOLDER / 'arc_easy.yaml'}")
     assert "\n" not in str(caught.value)
 

@@ -288,15 +288,15 @@ def test_an_unknown_name_is_one_line_with_suggestions(folder, monkeypatch):
 
     few = TaskManager(include_path=folder, include_defaults=False)
     monkeypatch.setattr(harness_tasks, "_manager", lambda *args, **kwargs: few)
-    with pytest.raises(DataError, match="unknown task 'tiny_chioce'. Did you mean 'tiny_choice'") as caught:
+    with pytest.raises(DataError, match=r"unknown task 'tiny_chioce'\. Did you mean 'tiny_choice'") as caught:
         load_probes("lm_eval:tiny_chioce")
     assert "\n" not in str(caught.value)
     assert [probe.name for probe in load_probes("lm_eval:tiny_group")] == ["tiny_choice", "tiny_pair"]
 
 
-def test_a_name_of_the_harness_leads_to_its_file(monkeypatch):
+def test_a_name_of_the_harness_leads_to_its_file():
     """Without the network its data are not there: one line says so."""
-    with pytest.raises(DataError, match="the data of 'arc_easy' cannot be loaded .*Data from the hub") as caught:
+    with pytest.raises(DataError, match=r"the data of 'arc_easy' cannot be loaded .*Data from the hub") as caught:
         load_probes("lm_eval:arc_easy")
     assert "\n" not in str(caught.value)
 

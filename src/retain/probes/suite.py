@@ -132,7 +132,7 @@ def _files(source: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     built_in = ", ".join(sorted(folder.name for folder in BUILT_IN.iterdir() if folder.is_dir()))
-    raise DataError(f"{source}: no such file or folder. Give a path, a built-in suite ({built_in}), or lm_eval:TASK.")
+    raise DataError(f"{source}: no such file or folder. Give a path, lm_eval:TASK, or a built-in suite: {built_in}.")
 
 
 def _stem(path: Path) -> str:
