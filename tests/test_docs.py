@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from harness_kit import write_example_rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +33,10 @@ def desk(tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
     (tmp_path / "data" / "domains").mkdir()
     for name in ("history", "biology"):
         (tmp_path / "data" / "domains" / f"{name}.json").write_text(json.dumps({"domain_name": name, **questions}))
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "lm_eval").symlink_to(ROOT / "examples" / "lm_eval")
+    write_example_rows(tmp_path / "data")
+    monkeypatch.setenv("LM_EVAL_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

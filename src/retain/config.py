@@ -134,7 +134,8 @@ class ProbesConfig(_Settings):
     reference: list[
         Annotated[Annotated[str, Tag("name")] | Annotated[ReferenceConfig, Tag("entry")], Discriminator(_name_or_entry)]
     ] = ["core"]
-    """Old abilities: built-in suites, probe files or folders; with options as `{data: qa.jsonl, score: f1}`."""
+    """Old abilities: built-in suites, probe files or folders, tasks of lm-evaluation-harness (`lm_eval:TASK`); with
+    options as `{data: qa.jsonl, score: f1}`."""
     tasks: ProbeOptions = ProbeOptions()
     """Options of the probes that are made of the tasks' test rows."""
     limit: int | None = Field(None, ge=1)

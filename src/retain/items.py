@@ -296,7 +296,7 @@ def sign_of(info: ProbeInfo) -> int:
 
 def is_perplexity(info: ProbeInfo) -> bool:
     """Whether item scores are nats over `tokens` and the probe's score is exp of their mean per token."""
-    return info.metric == "perplexity"
+    return info.is_perplexity
 
 
 def is_divergence(info: ProbeInfo) -> bool:

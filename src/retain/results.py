@@ -58,6 +58,11 @@ class ProbeInfo(_Record):
     chance: float | None = None  # expected score of blind guessing
     items: int
 
+    @property
+    def is_perplexity(self) -> bool:
+        """Whether items score nats over `tokens` (of words and bytes, too), and the probe exp of their mean."""
+        return self.metric.split("_")[-1] == "perplexity"
+
 
 class ClassNumbers(_Record):
     """One class of a classification probe: shares between 0 and 1, and how many items belong to it."""

@@ -194,6 +194,8 @@ def questions(probes: Sequence[Probe], tokenizer: Any) -> Questions:
             if is_written(probe):
                 prompt = render(tokenizer, item.fields["prompt"])
                 answers += [(probe.limit(item), len(tokenizer(prompt)["input_ids"]))] * probe.times(item)
+            elif "max_tokens" in item.fields:  # written for lm-evaluation-harness
+                answers.append((item.fields["max_tokens"], len(tokenizer(item.fields["prompt"])["input_ids"])))
             else:
                 texts += [text for text in item.fields.values() if isinstance(text, str)]
                 texts += map(str, item.fields.get("choices") or getattr(probe, "labels", []))

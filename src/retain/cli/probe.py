@@ -11,7 +11,9 @@ CORE = ["core"]
 
 def command(
     model: Annotated[str, typer.Argument(help="starter, a folder with a model or adapter, a run, or a hub id.")],
-    probes: Annotated[list[str], typer.Option("--probes", "-p", help="A built-in suite, a file or a folder.")] = CORE,
+    probes: Annotated[
+        list[str], typer.Option("--probes", "-p", help="A built-in suite, a file, a folder, or lm_eval:TASK.")
+    ] = CORE,
     limit: Annotated[int | None, typer.Option(help="At most this many items per probe.")] = None,
     items: Annotated[str | None, typer.Option(help="Write every item to this Parquet file.")] = None,
 ) -> None:

@@ -26,8 +26,8 @@ from retain.models.params import causal
 
 Progress = Callable[[int], None]
 
-_LOGIT_NUMBERS = 2**28  # logits held at once; one gigabyte in float32
-_CPU_TOKENS = 1024  # larger batches leave the processor's caches: 20 % slower at 4096 (135 M, 2 cores)
+LOGIT_NUMBERS = 2**28  # logits held at once; one gigabyte in float32
+CPU_TOKENS = 1024  # larger batches leave the processor's caches: 20 % slower at 4096 (135 M, 2 cores)
 _keeps: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -145,10 +145,10 @@ def _passes(
 ) -> tuple[int, Iterator[list[Row]]]:
     """The padding token, and the rows of every pass."""
     if causal(model).get_input_embeddings().weight.device.type == "cpu":
-        batch_tokens = min(batch_tokens, _CPU_TOKENS)
+        batch_tokens = min(batch_tokens, CPU_TOKENS)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     vocabulary = getattr(text_config(model), "vocab_size", None) or len(tokenizer)
-    return pad, _batches(rows, batch_tokens, max(1, _LOGIT_NUMBERS // vocabulary))
+    return pad, _batches(rows, batch_tokens, max(1, LOGIT_NUMBERS // vocabulary))
 
 
 def _longest_first(pair: tuple[bool, Row]) -> tuple[bool, int]:

@@ -35,6 +35,8 @@ from retain.data.json_rows import open_text, suffix_of
 from retain.data.sources import SUFFIXES, load_rows, locate
 from retain.errors import DataError, unknown
 from retain.probes.base import Item, Probe
+from retain.probes.harness import harness_probes
+from retain.probes.harness_tasks import PREFIX
 
 GROUPS = ("knowledge", "capability", "behaviour")
 BUILT_IN = Path(__file__).parent / "suites"
@@ -70,9 +72,10 @@ def load_probes(
     Args:
         source: the name of a built-in suite (`core`), a JSONL, JSON, CSV, TSV or Parquet file, a folder of them, or a
             hub id (`owner/name`), of which the test split is read. Of a folder all *.jsonl are read, and the other
-            files that hold questions with answers.
+            files that hold questions with answers. Or `lm_eval:` and a task of lm-evaluation-harness
+            (`harness_tasks.tasks_of`), which knows its own name, seed and options.
         limit: at most this many items per probe: a fair sample, the same at every call, in the order of the
-            file; a smaller limit takes a part of what a larger one takes.
+            file; a smaller limit takes a part of what a larger one takes. Of the harness's tasks the first ones.
         name: name for rows that do not say their probe; the stem of the file by default.
         seed: of the sample.
         say: told what was left out.
@@ -81,6 +84,8 @@ def load_probes(
     Raises:
         DataError: nothing there; a row that is malformed, incomplete, twice there, or of no known kind.
     """
+    if str(source).startswith(PREFIX):
+        return list(harness_probes(str(source), limit))
     rows = (
         (where, {**row, "probe": row.get("probe") or row.get("domain") or name or _stem(path)})
         for path in _files(source, say)
@@ -174,7 +179,7 @@ def _files(source: str | Path, say: Say) -> list[Path]:
     if path.is_file() or ("/" in str(source) and locate(source, "test") is None):
         return [path]
     built_in = ", ".join(sorted(folder.name for folder in BUILT_IN.iterdir() if folder.is_dir()))
-    raise DataError(f"{source}: no such file or folder. Give a path, or a built-in suite: {built_in}.")
+    raise DataError(f"{source}: no such file or folder. Give a path, lm_eval:TASK, or a built-in suite: {built_in}.")
 
 
 def _holds_questions(path: Path) -> bool:

@@ -156,7 +156,7 @@ def _asked(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
 def _probes(results: Results, role: str) -> list[ProbeInfo]:
     """Probes whose changes can be averaged: those scored from 0 to 1, or without any, the perplexities."""
     mine = [info for info, _ in wording.changes_of(results, role)]
-    return [p for p in mine if wording.is_share(p)] or [p for p in mine if p.metric == "perplexity"]
+    return [p for p in mine if wording.is_share(p)] or [p for p in mine if p.is_perplexity]
 
 
 def _minus(estimate: Estimate) -> Estimate:

@@ -39,7 +39,8 @@ class BigNumber:
 def is_share(info: ProbeInfo) -> bool:
     """Whether the scores of a probe are shares between 0 and 1, written as percentages."""
     metric = info.metric.lower()
-    return info.kind != "perplexity" and not any(word in metric.split() or word == metric for word in _PLAIN)
+    words = metric.replace("_", " ").split()
+    return not info.is_perplexity and not any(word in words for word in _PLAIN)
 
 
 def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
@@ -79,7 +80,7 @@ def unit(info: ProbeInfo) -> str:
     """Unit of a difference: percentage points, nats per token, or the unit of the metric itself."""
     if is_share(info):
         return say("unit.points")
-    if info.kind == "perplexity" or info.metric == "perplexity":
+    if info.kind == "perplexity" or info.is_perplexity:
         return say("unit.nats")
     return language.name("metric", info.metric)
 
