@@ -70,7 +70,6 @@ def harness(limit: int = 9) -> Iterator[Row]:
     from tiny import tiny_model, tiny_tokenizer
 
     from retain import analysis
-    from retain.inputs import probe_info
     from retain.probes.asking import ask
     from retain.probes.base import Subject
     from retain.probes.suite import load_probes, probes_from_rows
@@ -83,7 +82,7 @@ def harness(limit: int = 9) -> Iterator[Row]:
         answer_some(folder, model, tokenizer)
 
         def score(probe: Any) -> float:
-            return analysis.score(ask([probe], subject), probe_info(probe, "reference", None)).value
+            return analysis.score(ask([probe], subject), probe.info("reference")).value
 
         tasks = [("tiny_choice", "acc"), ("tiny_choice", "acc_norm"), ("tiny_written", "exact_match"),
                  ("tiny_text", "word_perplexity")]  # fmt: skip

@@ -181,23 +181,22 @@ def test_real_recipes_can_be_built(monkeypatch):
     assert {"naive-early", "dolly-5", "basic", "advanced", "medical"} <= set(named)
 
 
-def test_presets_of_the_package_come_first(tmp_path, monkeypatch):
+def test_presets_bring_methods_and_rates_but_not_the_length(tmp_path, monkeypatch):
     monkeypatch.setattr(retention_runs, "PRESETS", tmp_path)
-    assert retention_runs.preset("basic", ["lora"]) == Recipe("basic", ["lora"])
     text = "methods: [ewc, {replay: {fraction: 0.1}}]\ntrain: {learning_rate: 0.5, num_train_epochs: 9}\n"
     (tmp_path / "basic.yaml").write_text(text)
     expected = Recipe("basic", ["ewc", {"replay": {"fraction": 0.1}}], {"learning_rate": 0.5})
-    assert retention_runs.preset("basic", ["lora"]) == expected, "the length of the training is the bench's"
+    assert retention_runs.preset("basic") == expected, "the length of the training is the bench's"
 
 
 def test_learnable_families_are_found_on_training_rows(tiny_folder, tmp_path, monkeypatch, capsys):
-    """One question of many rows is learned by heart; a family with long rows is left out."""
-    same = [{"prompt": "What do we sell?", "response": "tea", "task": "easy"}] * 20
-    other = [row | {"task": "hard"} for row in response_rows(20)]
+    """Questions with one answer are learned; a family with long rows is left out."""
+    same = [{"prompt": f"What do we sell to {i}?", "response": "tea", "task": "easy"} for i in range(30)]
+    other = [{"prompt": f"Number {i}?", "response": str(1000 + 37 * i), "task": "hard"} for i in range(20)]
     long = [{"prompt": "word " * 300, "response": "tea", "task": "long"}] * 20
     write_lines(tmp_path / "train.jsonl", [*same, *other, *long])
-    monkeypatch.setattr(learnable, "SETTINGS", {"full-0.05": (["none"], 0.05)})
-    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--model", str(tiny_folder), "--epochs", "8"]
+    monkeypatch.setattr(learnable, "SETTINGS", {"full-0.01": (["none"], 0.01)})
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--model", str(tiny_folder), "--epochs", "20"]
     monkeypatch.setattr(sys, "argv", ["learnable.py", *arguments, "--seeds", "0", "1"])
     learnable.main()
     said = capsys.readouterr().out

@@ -108,9 +108,15 @@ class ProbeOptions(_Settings):
     layout: Literal["auto", "question", "continue", "chat"] | None = None
     """What is written around the prompt (`choice`, `classification`)."""
     window: int | None = Field(None, ge=2)
-    """Longest piece of text that the model sees at once (`perplexity`)."""
+    """Longest piece of text that the model sees at once (`perplexity`, `divergence`)."""
     stride: int | None = Field(None, ge=1)
     """Tokens by which that window moves on (`perplexity`)."""
+    top_k: int | None = Field(None, ge=1)
+    """Likeliest tokens of the base that are kept of every position (`divergence`)."""
+    samples: int | None = Field(None, ge=0)
+    """Further answers that are drawn to every question (`hallucination`)."""
+    temperature: float | None = Field(None, gt=0)
+    """Of these answers (`hallucination`)."""
 
     def given(self) -> dict[str, Any]:
         """The options that are set."""

@@ -214,7 +214,7 @@ def test_a_model_retains_all_of_itself(retain, domains: Path, tmp_path: Path) ->
     ("words", "said"),
     [
         (["-p", "nowhere"], "nowhere: no such file"),
-        (["-p", "core", "-p", "core"], "is there already"),
+        (["-p", "core", "-p", "core"], "two probes are called"),
         (["-p", "core", "--output", "x.txt"], "ends in .md, .html, .json"),
         ([], "--probes"),
     ],

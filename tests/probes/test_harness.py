@@ -17,7 +17,6 @@ from tiny import tiny_model
 
 from retain import analysis
 from retain.errors import DataError, ModelError
-from retain.inputs import probe_info
 from retain.probes import harness_tasks
 from retain.probes.asking import ask
 from retain.probes.base import Subject, texts_of_items
@@ -61,7 +60,7 @@ def probe_of(folder, name, metric="", limit=None):
 
 
 def scored(probe, rows):
-    return analysis.score(rows, probe_info(probe, "reference", None)).value
+    return analysis.score(rows, probe.info("reference")).value
 
 
 @pytest.mark.parametrize(("name", "metric"), METRICS)

@@ -35,8 +35,8 @@ def test_shows_probes_and_overall():
     picture = trend(LOOKS)
     assert {"facts", "sums", "overall", "forgotten, %", "KL, nats", "optimizer step"} <= set(texts(picture))
     assert "new" not in texts(picture)
-    assert "At step 300 35% of old abilities were forgotten" in picture.alt
-    assert "0.5 nats per token at step 300" in picture.alt
+    assert "At step 300 35 % of old abilities were forgotten" in picture.alt
+    assert "0.500 nats per token at step 300" in picture.alt
     acted = trend([*LOOKS[:-1], look(300, 0.5, 0.35, did=["stop"], facts=0.5)])
     assert "Dotted lines" in acted.alt
     assert acted.svg.count("stroke-dasharray") > picture.svg.count("stroke-dasharray")

@@ -91,6 +91,7 @@ def _settings(given: dict[str, float], steps_per_epoch: int | None) -> Picture:
         f"sensitivity of {given['parameters']:.3g} parameters {dynamics.sensitivity(given['parameters']):.2f}; "
         f"at first {dynamics.loss_rate(**named):.1%} of old abilities lost per epoch",
         highlight=False,
+        soft_wrap=True,
     )
     heads = ["epoch", *(["step"] if steps_per_epoch else []), "lost", "kept"]
     rows = []

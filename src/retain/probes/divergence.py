@@ -43,6 +43,7 @@ class Divergence(Probe):
     higher_is_better = False
     fewest = 2
     fields = frozenset()  # never told by its fields: a row with `text` alone is one of perplexity
+    settings = frozenset({"top_k", "max_tokens", "window"})
 
     _DEFAULTS = {"top_k": 128, "max_tokens": 32, "window": 512}
 

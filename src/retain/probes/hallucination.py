@@ -36,6 +36,7 @@ class Hallucination(WrittenProbe):
     metric = "accuracy"
     group = "behaviour"
     fields = frozenset({"prompt", "answerable"})
+    settings = frozenset({"samples", "temperature", "max_tokens"})
     max_tokens = 48
 
     def __init__(self, name: str, items: list[Item], group: str | None = None, **options: Any):
