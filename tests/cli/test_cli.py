@@ -148,20 +148,30 @@ def test_a_full_disk_is_one_line_for_every_command(monkeypatch, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_run_report_compare_export_and_probe(tmp_path: Path, tiny_cache: Path) -> None:
+def test_run_report_compare_export_and_probe(tmp_path: Path, tiny_cache: Path, monkeypatch, capsys) -> None:
+    """One run in a process of its own, as a user starts it; the rest in this one, which has everything imported."""
     data = rows(tmp_path / "data" / "a.jsonl")
-    for name in ("one", "two"):
-        done = retain("run", "--task", str(data), "--output", f"runs/{name}", *SMALL, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"runs/{name}/report.html" in done.stdout
-    assert retain("compare", "runs/one", "runs/two", cwd=tmp_path).returncode == 0
-    assert retain("report", "runs/one", "--against", "runs/two", cwd=tmp_path).returncode == 0
-    assert retain("plan", "--task", str(data), cwd=tmp_path).returncode == 0
-    assert retain("export", "runs/one", "--to", "model", cwd=tmp_path).returncode == 0
-    done = retain("probe", "model", "--limit", "2", "--items", "items.parquet", cwd=tmp_path)
+    done = retain("run", "--task", str(data), "--output", "runs/one", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "countries" in done.stdout
+    assert "runs/one/report.html" in done.stdout
+    monkeypatch.chdir(tmp_path)
+
+    def here(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["retain", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        return int(stopped.value.code or 0), said.out, said.err
+
+    assert here("run", "--task", str(data), "--output", "runs/two", *SMALL)[0] == 0
+    assert here("compare", "runs/one", "runs/two")[0] == 0
+    assert here("report", "runs/one", "--against", "runs/two")[0] == 0
+    assert here("plan", "--task", str(data))[0] == 0
+    assert here("export", "runs/one", "--to", "model")[0] == 0
+    code, said, wrong = here("probe", "model", "--limit", "2", "--items", "items.parquet")
+    assert code == 0, wrong
+    assert "countries" in said
     assert (tmp_path / "items.parquet").is_file()
-    other = retain("run", "--task", str(data), "--output", "runs/one", *SMALL, "-o", "seed=1", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "`seed`" in other.stderr
+    code, _, wrong = here("run", "--task", str(data), "--output", "runs/one", *SMALL, "-o", "seed=1")
+    assert code == 2
+    assert "`seed`" in wrong
