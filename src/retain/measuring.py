@@ -50,6 +50,21 @@ def open_model(name: str) -> tuple[Any, Any]:
     return load_run(name) if (Path(name) / "run.yaml").is_file() else load_model(name)
 
 
+def require_models(names: Sequence[str]) -> None:
+    """Refuse a model that is not there before another one is asked, which takes minutes.
+
+    Raises:
+        ModelError: no such folder or hub id.
+    """
+    from retain.models import hub
+    from retain.models.load import resolve
+
+    for name in names:
+        place = Path(name)
+        if not (place / "run.yaml").is_file() and not (place / "adapter_config.json").is_file():
+            hub.require(resolve(name), None)
+
+
 def open_probes(sources: Sequence[str], limit: int | None = None, say: Say = print) -> list[Any]:
     """The probes of all sources, each with enough items for an interval; what was left out of them is said.
 
@@ -131,6 +146,7 @@ def compare_models(
 
     if len(names) < 2:
         raise ConfigError(f"compare: {len(names)} model given. Give at least two; the first is the one before.")
+    require_models(names)
     probes = open_probes(sources, limit, say)
     infos = [probe.info("reference") for probe in probes]
     labels, tables = _labels(names), []

@@ -222,7 +222,10 @@ def test_models_and_runs_take_their_own_options(asked, compared, shop, monkeypat
     assert "Give at least two" in line
     line = refused(monkeypatch, capsys, "compare", compared[0], "--methods", NAIVE, "--probes", "core")
     assert line.startswith("retain: --probes: for models alone")
+    monkeypatch.setattr("retain.measuring.answers", lambda *a: pytest.fail("a model was asked before the other opened"))
     line = refused(monkeypatch, capsys, "compare", models[0], tmp_path / "nowhere", "--output", tmp_path)
+    assert "nowhere" in line
+    line = refused(monkeypatch, capsys, "retention", models[0], tmp_path / "nowhere", "-p", shop / "probes.jsonl")
     assert "nowhere" in line
     line = refused(monkeypatch, capsys, "compare", *models, "--set", "seed=1", "-p", "core")
     assert line.startswith("retain: --set: models are asked as they are")

@@ -32,10 +32,11 @@ def command(
     from rich.table import Table
     from rich.text import Text
 
-    from retain.measuring import open_probes
+    from retain.measuring import open_probes, require_models
     from retain.report.terminal import STYLES
 
     out = console()
+    require_models([base, tuned])
     chosen = open_probes(probes, limit, quietly(out))
     infos = [probe.info("reference") for probe in chosen]
     texts = {
