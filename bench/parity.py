@@ -42,7 +42,7 @@ class Row:
     """One number by two hands, with so many digits; `error` is how far two simulations may lie apart."""
 
     name: str
-    library: str
+    other: str
     theirs: float
     ours: float
     error: float = 0.0
@@ -222,7 +222,7 @@ def page(found: list[Row]) -> str:
     lines = ["| number | library | theirs | ours | equal |", "|---|---|---|---|---|"]
     for row in found:
         verdict = ("yes" if row.equal else "**no**") + (f" (± {row.error:.1g})" if row.error else "")
-        lines.append(f"| {row.name} | {row.library} | {row.shown(row.theirs)} | {row.shown(row.ours)} | {verdict} |")
+        lines.append(f"| {row.name} | {row.other} | {row.shown(row.theirs)} | {row.shown(row.ours)} | {verdict} |")
     return _TEXT.format(table="\n".join(lines))
 
 

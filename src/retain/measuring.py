@@ -173,23 +173,22 @@ def compare_models(
 
 
 def _asked(name: str, probes: Sequence[Any], path: Path, say: Say, watched: Any, origin: Any, base: str) -> Any:
-    """(answers, what they depend on): those kept in `path` where weights, template, base and items are the same."""
+    """(answers, what they depend on): those kept in `path` where weights, template, base and questions are the same."""
     from retain.models.own_rows import fingerprint
 
     model, tokenizer = open_model(name)
-    items = [(probe.name, item.id) for probe in probes for item in probe.items]
     template = getattr(tokenizer, "chat_template", None) or ""
-    asked = json.dumps([sorted(probe.options.items()) for probe in probes], default=str)
+    asked = json.dumps([(p.name, p.kind, p.options, [(i.id, i.fields) for i in p.items]) for p in probes], default=str)
     stamp = hashlib.blake2b(f"{fingerprint(model)} {template} {asked} {base}".encode(), digest_size=16).hexdigest()
     about = path.with_suffix(".json")
     if path.is_file() and about.is_file() and json.loads(about.read_text()) == stamp:
-        rows = load_items(path)
-        if [(row["probe"], row["item"]) for row in rows] == items:
-            say(f"{name}: answers from before, {path}.")
-            return rows, stamp
+        say(f"{name}: answers from before, {path}.")
+        return load_items(path), stamp
     if not base:  # the first one: what it said in contexts is of other weights
         shutil.rmtree(origin.folder, ignore_errors=True)
-    with nullcontext(lambda n: None) if watched is None else watched(name, len(items)) as progress:
+    with (
+        nullcontext(lambda n: None) if watched is None else watched(name, sum(len(p.items) for p in probes)) as progress
+    ):
         rows = answers(model, tokenizer, probes, progress, origin)
     about.unlink(missing_ok=True)
     save_items(rows, path)

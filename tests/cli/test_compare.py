@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -214,6 +215,18 @@ def test_models_are_not_asked_twice_unless_their_weights_changed(asked, shop, mo
     capsys.readouterr()
     retain(monkeypatch, "compare", tmp_path / "base", models[1], "-p", shop / "probes.jsonl", "--output", other)
     assert capsys.readouterr().out.count("answers from before") == 1
+
+
+def test_questions_that_were_edited_are_asked_anew(asked, monkeypatch, capsys, tmp_path):
+    """A row may keep its id while its text changes."""
+    _, models = asked
+    rows = [{"id": f"q{i}", "prompt": f"Say {i}.", "answers": [str(i)]} for i in range(3)]
+    words = ("compare", *models[:2], "--probes", tmp_path / "own.jsonl", "--output", tmp_path / "out")
+    for text, kept in (("Say", 0), ("Say", 2), ("Tell me", 0)):
+        lines = [json.dumps(row | {"prompt": row["prompt"].replace("Say", text)}) + "\n" for row in rows]
+        (tmp_path / "own.jsonl").write_text("".join(lines))
+        retain(monkeypatch, *words)
+        assert capsys.readouterr().out.count("answers from before") == kept
 
 
 def test_models_and_runs_take_their_own_options(asked, compared, shop, monkeypatch, capsys, tmp_path):

@@ -364,6 +364,8 @@ def test_raises_the_share_of_replay_also_after_a_resume(probes, tmp_path):
 
 # -- mistakes ---------------------------------------------------------------------------------------------
 def test_mistakes_are_named(probes, tmp_path):
+    with pytest.raises(ConfigError, match=r"of kind divergence\. Leave it out"):
+        ForgettingMonitor(probes=["divergence"], limit=2)
     with pytest.raises(ConfigError, match="Did you mean 'every'"):
         ForgettingMonitor(evry=3)
     with pytest.raises(ConfigError, match="go together"):

@@ -286,4 +286,10 @@ def _loaded(sources: Sequence[Source], limit: int | None) -> list[Probe]:
     found: list[Probe] = []
     for source in sources:
         found += [limited(source, limit)] if isinstance(source, Probe) else load_probes(source, limit)
+    for probe in found:
+        if probe.kind == "divergence":  # has a base of its own, which only a run keeps
+            raise ConfigError(
+                f"monitor.probes: '{probe.name}' is of kind divergence. Leave it out: the anchors measure the KL from "
+                "the base at every look; give its texts as `anchors`."
+            )
     return found
