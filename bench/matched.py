@@ -84,7 +84,8 @@ def judge(point: Point, naive: Sequence[Point], reference: float, confidence: fl
     else:
         word = "cannot tell"
     if point.learned < REACHED * reference:
-        as_little = plain_front(naive)[0].learned <= point.learned  # some plain training learned as little
+        # beyond what plain training was seen to learn nothing is compared; beaten settings count as seen
+        as_little = min(plain.learned for plain in naive) <= point.learned
         word = SHORT + (", forgets less even so" if as_little and difference.high < 0 else "")
     return Verdict(interval(point.new, confidence), interval(point.lost, confidence), difference, word)
 

@@ -58,7 +58,8 @@ Measured on {machine}.
   training is all `naive` rows: three learning rates, stopped halfway, and weights between the base and the end
   (`alpha`); between two of its best settings stands their mixture.
 - **verdict**: *does not reach the new score* where less than {reached:.0%} of the largest gain of plain training is
-  learned, else from that interval. No verdict without two seeds, and none where no plain run learned anything that its
+  learned (and that it forgets less even so, where that is certain and some plain training learned as little), else
+  from that interval. No verdict without two seeds, and none where no plain run learned anything that its
   interval tells from 0: there is no new score then at which to compare, and neither is there a difference to plain.
 - Brackets are 95 % intervals over seeds and items, over items alone where there is one seed. The settings of the
   methods are usual ones, not tuned on these data. `dolly-5` replays 5 % rows of dolly-15k; all other replay is

@@ -143,6 +143,15 @@ def test_verdicts():
     assert short == ["does not reach the new score, forgets less even so", "does not reach the new score"]
 
 
+def test_plain_training_that_learns_as_little_and_loses_more_is_seen_too():
+    """The one that learned more lost less, so it is the opponent; that less learned saves nothing was seen."""
+    naive = [point(1.0, 0.5), point(0.4, 0.7)]
+    found = matched.judge(point(0.5, 0.0), naive, 1.0)
+    assert (found.difference.value, found.word) == (-0.5, "does not reach the new score, forgets less even so")
+    unseen = matched.judge(point(0.2, 0.0), naive, 1.0)
+    assert unseen.word == "does not reach the new score"
+
+
 def test_a_setting_that_only_learns_less_forgets_no_less():
     """Plain training with a smaller rate, given out as a method, must not win."""
     naive = [point(1.0, 0.9), point(0.95, 0.6)]
