@@ -184,6 +184,29 @@ def test_the_loss_is_the_dense_divergence_from_the_right_weights(lora, teacher, 
     torch.testing.assert_close(loss.detach().double(), wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_the_gradient_of_sampled_tokens_is_that_of_the_full_divergence_on_average(tmp_path):
+    """Every token of the vocabulary as the answer, weighed by how often the student writes it: no sampling error."""
+    model = tiny_model(tiny_tokenizer()).double()
+    made = train([SDFT(logits="sampled", alpha=1.0, teacher="start", skip=0, **SHORT)], tmp_path, model, steps=2)
+    size = made.model.config.vocab_size
+    one = {name: value[:1].expand(size, -1).clone() for name, value in answers(made, length=1).items()}
+    one["completion_ids"][:, 0] = one["teacher_input_ids"][:, -1] = torch.arange(size)
+    for mask in (one["completion_mask"], one["teacher_attention_mask"]):
+        mask.fill_(1)
+    found = made._compute_teacher_student_logits(made.model, None, one)
+    found.student_logits.retain_grad()
+    made._compute_self_distillation_loss(made.model, one, found).backward()
+    each = size * found.student_logits.grad[:, 0].double()  # the loss is a mean over rows
+
+    logits = found.student_logits[:1, 0].detach().double().requires_grad_()  # the answer does not change its own logits
+    log_p, log_q = logits.log_softmax(-1), found.teacher_logits[:1, 0].double().log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum()
+    assert divergence.item() > 1e-3
+    divergence.backward()
+    torch.testing.assert_close((log_p.exp().detach() @ each), logits.grad, rtol=1e-4, atol=1e-8)
+    assert not torch.allclose(each[0], logits.grad[0], rtol=0.1)  # one token alone is not that
+
+
 # -- the teacher -------------------------------------------------------------------------------------------
 class Trail(SDFT):
     """Remembers the weights after every step."""
