@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,13 +57,22 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["RETAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
-def _no_half_precision_left() -> Iterator[None]:
+@pytest.fixture
+def fresh_precision() -> Callable[[], None]:
     """accelerate keeps the precision of the last trainer for the process; passes outside a trainer would take it."""
+
+    def forget() -> None:
+        state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+        if state is not None and state._shared_state and state().mixed_precision != "no":
+            state._reset_state()
+
+    return forget
+
+
+@pytest.fixture(autouse=True)
+def _no_half_precision_left(fresh_precision: Callable[[], None]) -> Iterator[None]:
     yield
-    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    if state is not None and state._shared_state and state().mixed_precision != "no":
-        state._reset_state()
+    fresh_precision()
 
 
 @pytest.fixture(scope="module")

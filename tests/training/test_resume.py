@@ -4,16 +4,15 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from run_kit import environment, settings, write_config
+from run_kit import settings, write_config
 from safetensors.torch import load_file
+from warm import Script
 
 from retain.config import parse
 from retain.errors import RunError
@@ -36,14 +35,13 @@ def values_of(shop, output, **changes):
     return values
 
 
-def start(config: Path) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), str(config)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(config: Path) -> Script:
+    return Script(SCRIPT, [str(config)], config.parent)
 
 
 def finish(config: Path) -> str:
     process = start(config)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     assert process.returncode == 0, out + err[-4000:]
     return out
 
