@@ -91,6 +91,25 @@ def tiny_cache(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def _thin_suites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from retain.probes.suite import BUILT_IN
+
+    folder = tmp_path_factory.mktemp("suites")
+    for path in BUILT_IN.rglob("*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        thin = folder / path.relative_to(BUILT_IN)
+        thin.parent.mkdir(exist_ok=True)
+        thin.write_text("".join(lines[:: max(1, len(lines) // 4)]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def thin_suites(_thin_suites: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in suites with a few items of each probe: for runs that show something else."""
+    monkeypatch.setattr("retain.probes.suite.BUILT_IN", _thin_suites)
+
+
+@pytest.fixture(scope="session")
 def tiny_embedding(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random encoder, which sentence-transformers takes with mean pooling."""
     import copy

@@ -22,10 +22,10 @@ def blocks(page: Path, kind: str) -> list[str]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(tmp_path: Path, tiny_cache: Path, thin_suites: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the data files that the pages name."""
     for name in ("medical", "legal", "yours"):
-        rows = [{"prompt": f"What is {name} {i}?", "response": f"It is {i * 7 % 10}."} for i in range(40)]
+        rows = [{"prompt": f"What is {name} {i}?", "response": f"It is {i * 7 % 10}."} for i in range(16)]
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     questions = {"questions": ["What is one?", "What is two?"], "ground_truths": ["1", "2"]}

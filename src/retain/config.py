@@ -196,7 +196,7 @@ class MonitorConfig(_Settings):
     anchors: str | None = None
     """Texts on which loss and divergence from the base are taken at every look: a .txt file, or rows with a column
     `text`; some of the core suite when not given."""
-    anchor_count: int = Field(128, ge=2)
+    anchor_count: int = Field(256, ge=2)
     """At most this many texts."""
     anchor_tokens: int = Field(64, ge=2)
     """At most this many tokens of each."""
