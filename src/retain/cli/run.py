@@ -35,10 +35,12 @@ def command(
     quiet_libraries()
     from retain.pipeline import run
     from retain.report import terminal
+    from retain.report.language import speaking
 
     out = console()
     results = run(settings, lambda line: out.print(line, style="dim", highlight=False, markup=False))
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun every process comes here; one speaks
-    out.print(terminal.summary(results))
+    with speaking(settings.language):
+        out.print(terminal.summary(results))
     out.print(f"Report: {settings.directory / 'report.html'}", highlight=False)
