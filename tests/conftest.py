@@ -55,6 +55,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is found in, or left in, the user's cache."""
     os.environ["RETAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_yaml_blocks(page: Path, desk: Path) -> None:
 def test_commands(
     page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fresh_precision
 ) -> None:
-    """`retain` lines run as written, all in this process, which has everything imported; `make` and `pip` lines are what
+    """`retain` lines run as written, in this process, which has everything imported; `make` and `pip` lines are what
     brought us here."""
     from retain.cli import main
 

@@ -178,7 +178,8 @@ def test_knowledge_retention_in_chinese(tmp_path):
         for name in ("law", "art")
         for k in range(30)
     ]
-    later = [{**row, "score": 1 - row["score"], "correct": not row["correct"]} if row["item"] < "2" else row for row in rows]
+    turned = [{**row, "score": 1 - row["score"], "correct": not row["correct"]} for row in rows]
+    later = [other if row["item"] < "2" else row for row, other in zip(rows, turned)]
     infos = [
         ProbeInfo(name=name, kind="answer", group="knowledge", role="reference", metric="exact match", items=30)
         for name in ("law", "art")

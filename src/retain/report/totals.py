@@ -1,7 +1,7 @@
 """Other numbers of a whole probe than its score: F1, BLEU and others of written answers, and those of every class.
 
-They are those of `results.json` (`totals`, by stage and probe), at the first and the last stage of a run and at the last
-one of the runs beside it; at the only stage of a model that was only measured.
+They are those of `results.json` (`totals`, by stage and probe), at the first and the last stage of a run and at the
+last one of the runs beside it; at the only stage of a model that was only measured.
 """
 
 from __future__ import annotations
