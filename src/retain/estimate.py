@@ -26,7 +26,6 @@ from retain.methods.lora import LoRA
 from retain.models import machine, params
 from retain.models.weightless import Cost, Weightless
 from retain.probes.base import Probe
-from retain.results import ProbeInfo
 from retain.training.monitor import ForgettingMonitor
 from retain.training.rehearsal import Batch, Rehearsal
 from retain.workload import (
@@ -46,6 +45,7 @@ from retain.workload import (
 
 if TYPE_CHECKING:
     from retain.pipeline import Plan
+    from retain.results import ProbeInfo
 
 #: Share of the measured speed that a real pass reaches. `bench/estimates.py` on two cores of an AMD EPYC 9005.
 EFFICIENCY = 0.9
