@@ -83,7 +83,7 @@ def _name(axes: Axes, names: Sequence[str], places: Sequence[Place], lines: Sequ
         axes.annotate(name, at, (0, 0), textcoords="offset points", va="bottom") for name, at in zip(names, places)
     ]
     sizes = np.array([text.get_window_extent(renderer).transformed(scale).size for text in texts])
-    sizes[:, 0] += [0.4 * text.get_fontsize() * wide(name) for name, text in zip(names, texts)]
+    sizes[:, 0] += np.array([0.4 * float(text.get_fontsize()) * wide(name) for name, text in zip(names, texts)])
     spots = to_points.transform(places)
     inside = axes.get_window_extent(renderer).transformed(scale).get_points()
     boxes = labels.place(spots, sizes, [to_points.transform(line) for line in lines], inside)
