@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +64,10 @@ def training_rows(settings: Settings, count: int, orders: int = _ORDERS) -> Data
 
 
 def trainer(settings: Settings, methods: Sequence[Method], steps: int, orders: int = _ORDERS) -> ContinualTrainer:
-    """A trainer as `retain run` makes it, on a model of its own, with so many orders to a row."""
+    """A trainer as `retain run` makes it, on a model of its own, with so many orders to a row.
+
+    Its folder is temporary and goes with it.
+    """
     model, tokenizer = load_model(settings.model)
     given = {
         "per_device_train_batch_size": settings.batch,
@@ -95,6 +100,7 @@ def trainer(settings: Settings, methods: Sequence[Method], steps: int, orders: i
         run=Run(Path(folder), tokenizer=tokenizer, new_rows=rows, say=lambda line: None),
     )
     made.remove_callback(PrinterCallback)
+    weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)  # start weights, half a gigabyte of a small model
     return made
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
-from pathlib import Path
 
 from side_by_side import DEVICE, WARM_UP, Line, Settings, now, steps_in_turn
 from training_steps import trainer
@@ -22,7 +20,7 @@ def monitor(settings: Settings) -> list[Line]:
 
     made = trainer(settings, [], settings.repeats + WARM_UP)
     step = statistics.median(steps_in_turn([made])[0])
-    watch = ForgettingMonitor(folder=Path(tempfile.mkdtemp()))
+    watch = ForgettingMonitor()
     c = watch.settings
     looker = Looker(watch.texts, watch.old, [], made.processing_class, c.anchor_tokens, c.confidence)
     with undisturbed(made.model, torch.device(DEVICE)):
@@ -41,10 +39,10 @@ def monitor(settings: Settings) -> list[Line]:
     short, long = statistics.median(anchors), statistics.median(probes)
     shares = [1 + (a + long / c.probes_every) / (c.every * step) for a in anchors]
     detail = (
-        f"a step {step:.2f} s, a look at {len(looker.rows)} anchors {short:.2f} s, at "
-        f"{sum(len(p.items) for p in looker.probes)} items of {len(looker.probes)} probes {long:.1f} s more, every "
-        f"{c.every} steps and at every {c.probes_every}th look. With the probes at every look it would be "
-        f"{1 + (short + long) / (c.every * step):.3f}. Once, before training: {once:.1f} s."
+        f"worked out from measured seconds and the usual cadence: a step {step:.2f} s, a look at {len(looker.rows)} "
+        f"anchors {short:.2f} s, at {sum(len(p.items) for p in looker.probes)} items of {len(looker.probes)} probes "
+        f"{long:.1f} s more, every {c.every} steps and at every {c.probes_every}th look. With the probes at every look "
+        f"it would be {1 + (short + long) / (c.every * step):.3f}. Once, before training: {once:.1f} s."
     )
     work = "training with a monitor"
     found = statistics.median(shares)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,15 +55,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is found in, or left in, the user's cache."""
     os.environ["RETAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
+
+
+@pytest.fixture
+def fresh_precision() -> Callable[[], None]:
+    """accelerate keeps the precision of the last trainer for the process; passes outside a trainer would take it."""
+
+    def forget() -> None:
+        state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+        if state is not None and state._shared_state and state().mixed_precision != "no":
+            state._reset_state()
+
+    return forget
 
 
 @pytest.fixture(autouse=True)
-def _no_half_precision_left() -> Iterator[None]:
-    """accelerate keeps the precision of the last trainer for the process; passes outside a trainer would take it."""
+def _no_half_precision_left(fresh_precision: Callable[[], None]) -> Iterator[None]:
     yield
-    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    if state is not None and state._shared_state and state().mixed_precision != "no":
-        state._reset_state()
+    fresh_precision()
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +89,25 @@ def tiny_cache(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes `starter` the tiny model, in this process and in those it starts."""
     monkeypatch.setenv("RETAIN_CACHE", str(tiny_folder.parent))
     return tiny_folder
+
+
+@pytest.fixture(scope="session")
+def _thin_suites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from retain.probes.suite import BUILT_IN
+
+    folder = tmp_path_factory.mktemp("suites")
+    for path in BUILT_IN.rglob("*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        thin = folder / path.relative_to(BUILT_IN)
+        thin.parent.mkdir(exist_ok=True)
+        thin.write_text("".join(lines[:: max(1, len(lines) // 4)]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def thin_suites(_thin_suites: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in suites with a few items of each probe: for runs that show something else."""
+    monkeypatch.setattr("retain.probes.suite.BUILT_IN", _thin_suites)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_the_command_measures_every_row(tiny_folder, tmp_path, capsys):
     assert speed.table([Line(**line) for row in rows.values() for line in row]) in text
     assert text.count("\n- ") == sum(map(len, rows.values()))
     assert speed.table([Line(**line) for line in rows["choice"]]).splitlines()[-1] in capsys.readouterr().out
+
+
+def test_the_folder_of_a_training_goes_with_it(settings):
+    made = training_steps.trainer(settings, [], 1)
+    folder = Path(made.args.output_dir)
+    assert folder.is_dir()
+    del made
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_methods_are_measured_once_and_told(tiny_folder, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,10 +22,10 @@ def blocks(page: Path, kind: str) -> list[str]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(tmp_path: Path, tiny_cache: Path, thin_suites: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the data files that the pages name."""
     for name in ("medical", "legal", "yours"):
-        rows = [{"prompt": f"What is {name} {i}?", "response": f"It is {i * 7 % 10}."} for i in range(40)]
+        rows = [{"prompt": f"What is {name} {i}?", "response": f"It is {i * 7 % 10}."} for i in range(16)]
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     questions = {"questions": ["What is one?", "What is two?"], "ground_truths": ["1", "2"]}
@@ -89,8 +88,14 @@ def test_yaml_blocks(page: Path, desk: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.stem)
-def test_commands(page: Path, desk: Path) -> None:
-    """`retain` lines run as written; `make` and `pip` lines are what brought us here."""
+def test_commands(
+    page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fresh_precision
+) -> None:
+    """`retain` lines run as written, in this process, which has everything imported; `make` and `pip` lines are what
+    brought us here."""
+    from retain.cli import main
+
+    monkeypatch.setenv("COLUMNS", "100")
     for text in blocks(page, "yaml"):
         if "tasks" in yaml.safe_load(text):
             (desk / "run.yaml").write_text(text)
@@ -99,10 +104,12 @@ def test_commands(page: Path, desk: Path) -> None:
             words = shlex.split(line, comments=True)
             if words[:1] != ["retain"]:
                 continue
-            done = subprocess.run(
-                [sys.executable, "-m", "retain", *words[1:]], capture_output=True, text=True, cwd=desk, timeout=280
-            )
-            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            fresh_precision()
+            monkeypatch.setattr(sys, "argv", words)
+            with pytest.raises(SystemExit) as ended:
+                main()
+            said = capsys.readouterr()
+            assert not ended.value.code, f"{line}\n{said.out[-2000:]}\n{said.err[-2000:]}"
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:

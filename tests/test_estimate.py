@@ -28,13 +28,13 @@ def same_machine(monkeypatch):
     monkeypatch.setattr(machine, "free_bytes", lambda device: 64 * 2**30)
 
 
-def estimated(shop, tmp_path, probes=False, **changes):
+def estimated(shop, tmp_path, ask=False, **changes):
     config = parse(settings(shop, tmp_path / "run", **changes))
     tokenizer = load_tokenizer(config.model.name)
     planned = plan(config)
     tasks = load_tasks(config, tokenizer, planned.train["max_length"], lambda line: None)
-    asked = load_probes(config, tasks, tokenizer, lambda line: None)[0] if probes else []
-    found = estimate(planned, tasks, tokenizer, asked, load_old(config))
+    asked, infos, _ = load_probes(config, tasks, tokenizer, lambda line: None) if ask else ([], [], {})
+    found = estimate(planned, tasks, tokenizer, asked, load_old(config), infos)
     assert not (tmp_path / "run").exists(), "nothing is written"
     return found
 
@@ -73,16 +73,34 @@ def test_steps_are_those_of_the_run(shop, tmp_path):
 
 def test_everything_that_takes_time_is_there(shop, tmp_path):
     methods = [{"lora": {"r": 2}}, {"replay": {"fraction": 0.25}}, "distill", {"ewc": {"samples": 8}}]
-    found = estimated(shop, tmp_path, probes=True, methods=methods, old=None)
+    found = estimated(shop, tmp_path, ask=True, methods=methods, old=None)
     assert list(found.time) == [
         "writing 16 old rows", "learning count", "learning which", "importance of weights", "asking the probes 3 times"
     ]  # fmt: skip
     assert all(seconds > 0 for seconds in found.time.values())
     assert not found.notes
-    given = estimated(shop, tmp_path, probes=True, methods=methods)
+    given = estimated(shop, tmp_path, ask=True, methods=methods)
     assert not any(name.startswith("writing") for name in given.time)
     plain = estimated(shop, tmp_path, methods=methods[:2])
     assert plain.time["learning count"] < given.time["learning count"], "the teacher reads, too"
+
+
+def test_a_monitor_and_the_base_of_a_divergence_are_counted(shop, tmp_path):
+    rows = [{"kind": "divergence", "id": str(i), "prompt": f"Say {i}"} for i in range(3)]
+    drift = str(write_lines(tmp_path / "drift.jsonl", rows))
+    watch = {"every": 2, "probes": [str(shop / "probes.jsonl")], "anchor_count": 4, "limit": 2}
+    asked = {"probes": {"reference": [drift]}}
+    plain = estimated(shop, tmp_path, ask=True, methods=["none"], **asked)
+    assert list(plain.time)[2:] == ["asking the probes 3 times", "what the base says (divergence)"]
+    watched = estimated(shop, tmp_path, ask=True, methods=["none"], monitor=watch, **asked)
+    assert list(watched.time) == [*plain.time, "looks of the monitor"]
+    assert watched.seconds - plain.seconds == pytest.approx(watched.time["looks of the monitor"])
+    assert watched.notes == ["monitor: probes are asked more often where loss or divergence on the anchors rises"]
+    often = estimated(shop, tmp_path, ask=True, methods=["none"], monitor=watch | {"every": 1}, **asked)
+    assert often.time["looks of the monitor"] > 1.3 * watched.time["looks of the monitor"]
+    private = estimated(shop, tmp_path, ask=True, methods=["none"], private=True, **asked)
+    base = "what the base says (divergence)"
+    assert private.time[base] == pytest.approx(3 * plain.time[base]), "nothing of it is kept from stage to stage"
 
 
 def test_more_rows_at_once_and_longer_ones_need_more(shop, tmp_path):

@@ -8,11 +8,12 @@ from run_kit import response_rows, write_lines
 
 from retain.config import parse, read
 from retain.pipeline import plan, run
+from retain.results import load_metrics
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.yaml"))
 #: The longest of them run for real; every method is in one of these.
-WHOLE = ("everything", "ewc_replay", "interpolate", "l2sp")
+WHOLE = ("everything", "ewc_replay", "interpolate", "l2sp", "watched")
 
 
 def test_there_is_something_to_try():
@@ -41,3 +42,5 @@ def test_runs(name, tiny_cache, tmp_path, monkeypatch):
     results = run(parse(values), say=lambda line: None)
     assert results.tasks == [Path(task).name for task in values["tasks"]]
     assert (tmp_path / "run" / "report.html").is_file()
+    steps = [record["step"] for record in load_metrics(tmp_path / "run") if record["kind"] == "monitor"]
+    assert steps == ([0, 2] if "monitor" in values else [])

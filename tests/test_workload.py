@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from run_kit import carry_out
 from training_kit import rows, trainer
 
 from retain.data.mixture import Mixture
 from retain.errors import ConfigError
 from retain.methods.context import Run
 from retain.methods.replay import Replay
+from retain.models.generation import render
 from retain.probes.suite import probes_from_rows
+from retain.training.looks import Looker, anchor_texts
+from retain.training.monitor import ForgettingMonitor
+from retain.training.rehearsal import Batch
 from retain.workload import (
     Lengths,
+    TaskWork,
     calls_to_write,
     measured,
     questions,
     rows_to_write,
+    said_by_base,
     task_work,
+    watching,
     written_lengths,
 )
 
@@ -174,6 +183,49 @@ def test_questions_are_read_and_answered(tokenizer):
     assert alone.read == sum(len(tokenizer(text)["input_ids"]) for text in ("Which?", " one", " two"))
     assert found.read > alone.read
     assert questions([], tokenizer).read == 0
+
+
+def test_a_divergence_is_read_with_the_answer_that_the_base_writes_once(tokenizer):
+    rows = [{"kind": "divergence", "text": "one two three", "id": "t"}]
+    rows += [{"kind": "divergence", "prompt": f"Say {i}", "max_tokens": 5, "id": f"p{i}"} for i in range(2)]
+    probes = probes_from_rows(rows, "drift")
+    text = len(tokenizer("one two three")["input_ids"])
+    prompts = sum(len(tokenizer(render(tokenizer, f"Say {i}"))["input_ids"]) for i in range(2))
+    look, base = questions(probes, tokenizer), said_by_base(probes, tokenizer)
+    assert (look.read, look.calls) == (text + prompts + 2 * 5, [])
+    assert (base.read, base.calls) == (look.read + prompts, [(2, 5)])
+    others = probes_from_rows([{"prompt": "Say", "answers": ["1"]}], "says")
+    assert said_by_base(others, tokenizer).read == 0
+
+
+def test_looks_of_a_monitor_are_those_of_the_run(shop, tmp_path, tokenizer, monkeypatch):
+    """Where nothing moves: how often the anchors are read, and every probe is asked."""
+    own = {"every": 2, "probes": [str(shop / "probes.jsonl")], "probes_every": 2, "limit": 4, "anchor_count": 6}
+    own |= {"move": 50.0, "max_forgetting": 1.0}
+    seen: Counter = Counter()
+    read, ask = Looker._read, Looker._ask
+
+    def reading(self, *given, **named):
+        seen["anchors"] += 1
+        return read(self, *given, **named)
+
+    def asking(self, model, probes):
+        seen.update(probe.name for probe in probes)
+        return ask(self, model, probes)
+
+    monkeypatch.setattr(Looker, "_read", reading)
+    monkeypatch.setattr(Looker, "_ask", asking)
+    results, _ = carry_out(shop, tmp_path / "run", monitor=own)
+    batch = Batch(1, 1, 1)
+    tasks = [TaskWork(s.task, None, 0, s.steps, 1, batch, batch) for s in results.training]
+    mine = [probes_from_rows([{"prompt": "Say", "answers": ["1"]}], name) for name in results.tasks]
+    anchors, old, *new = watching(ForgettingMonitor(**own), tasks, mine, tokenizer)
+    assert anchors[0] == seen["anchors"]
+    assert anchors[1].read == sum(len(ids) for ids in tokenizer(anchor_texts(6))["input_ids"])
+    assert old[0] == seen["animals"] == seen["prose"]
+    assert [times for times, _ in new] == [seen[name] for name in results.tasks]
+    alone = ForgettingMonitor(**(own | {"probes": []}))
+    assert len(watching(alone, tasks, [[], []], tokenizer)) == 1
 
 
 def test_a_schedule_is_checked():

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
     PrivateAttr,
-    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -20,8 +17,35 @@ from pydantic import (
 
 from retain import presets
 from retain.errors import ConfigError, unknown
+from retain.settings import (
+    STARTER,
+    ModelConfig,
+    MonitorConfig,
+    ProbeOptions,
+    ProbesConfig,
+    ReferenceConfig,
+    Settings,
+    TaskConfig,
+    VerdictConfig,
+)
 
-STARTER = "starter"
+__all__ = [
+    "DEFAULT_METHODS",
+    "PRIVATE_METHODS",
+    "STARTER",
+    "ModelConfig",
+    "MonitorConfig",
+    "ProbeOptions",
+    "ProbesConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "TaskConfig",
+    "VerdictConfig",
+    "dump",
+    "override",
+    "parse",
+    "read",
+]
 
 #: Used when a configuration names no methods. Needs no old data. How it was chosen: docs/log.md.
 DEFAULT_METHODS: list[Any] = [
@@ -39,201 +63,7 @@ PRIVATE_METHODS: list[Any] = [
 ]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class ModelConfig(_Settings):
-    """Which model, and how its weights are held."""
-
-    name: str = STARTER
-    """`starter`, a folder with a model or a PEFT adapter, or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Type of the weights. With float32, `train: {bf16: true}` still computes in bfloat16."""
-    quantize: Literal["none", "4bit", "8bit"] = "none"
-    """Hold the frozen base in 4 or 8 bits (QLoRA); needs `lora` and the `qlora` extra."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-
-
-class TaskConfig(_Settings):
-    """One thing to learn."""
-
-    data: str
-    """File (JSONL, CSV, Parquet), folder with train and test files, or hub id."""
-    name: str | None = None
-    """Short name for folders and tables; the file's name when not given."""
-    test: str | None = None
-    """Rows to measure what was learned; the folder's test file or held-out rows when not given. `same`: the training
-    rows themselves, for facts that are to be remembered."""
-    on: Literal["completion", "assistant", "all"] = "completion"
-    """What is learned: the answer, every assistant turn, or everything."""
-    columns: dict[str, str] | None = None
-    """Our column name → the name in the data."""
-    only: dict[str, list[Any]] | None = None
-    """Column in the data → values: rows with other values are left out."""
-    limit: int | None = Field(None, ge=1)
-    """At most this many training rows, drawn with the seed."""
-    test_limit: int | None = Field(None, ge=1)
-    """At most this many test rows, held out or from a test file."""
-    hold_out: float = Field(0.1, ge=0, lt=1)
-    """Share of the rows held out when there is no test file, of texts two at least; 0 for none."""
-    streaming: bool = False
-    """Read rows as they are needed; for data that does not fit."""
-    list_choices: bool = True
-    """Question rows: list the choices in the prompt."""
-    long: Literal["cut", "drop"] = "cut"
-    """Rows longer than `train.max_length`, or than the model's context: cut at the end, or left out."""
-
-
-class ProbeOptions(_Settings):
-    """How probe items are asked and scored, where a row does not say it itself; docs/probes.md tells what each does."""
-
-    score: Literal["contains", "exact", "f1", "bleu", "rouge_l", "keywords", "similarity"] | None = None
-    """What a written answer is compared by (`answer`)."""
-    embedding: str | None = None
-    """Folder or hub id of a sentence-transformers model, for `similarity` (`answer`)."""
-    language: Literal["en", "zh"] | None = None
-    """Language of the accepted answers (`answer`); told from them when not given."""
-    max_tokens: int | None = Field(None, ge=1)
-    """Longest answer (kinds that let the model write)."""
-    by: Literal["likelihood", "answer"] | None = None
-    """How a label is chosen (`classification`)."""
-    labels: list[str] | None = None
-    """All labels (`classification`)."""
-    normalisation: Literal["characters", "raw", "tokens", "unconditional"] | None = None
-    """What a log-likelihood is divided by (`choice`, `classification`)."""
-    layout: Literal["auto", "question", "continue", "chat"] | None = None
-    """What is written around the prompt (`choice`, `classification`)."""
-    window: int | None = Field(None, ge=2)
-    """Longest piece of text that the model sees at once (`perplexity`, `divergence`)."""
-    stride: int | None = Field(None, ge=1)
-    """Tokens by which that window moves on (`perplexity`)."""
-    top_k: int | None = Field(None, ge=1)
-    """Likeliest tokens of the base that are kept of every position (`divergence`)."""
-    samples: int | None = Field(None, ge=0)
-    """Further answers that are drawn to every question (`hallucination`)."""
-    temperature: float | None = Field(None, gt=0)
-    """Of these answers (`hallucination`)."""
-
-    def given(self) -> dict[str, Any]:
-        """The options that are set."""
-        return self.model_dump(include=set(ProbeOptions.model_fields), exclude_none=True)
-
-
-class ReferenceConfig(ProbeOptions):
-    """A source of reference probes with options."""
-
-    data: str
-    """Built-in suite, probe file or folder."""
-
-
-def _name_or_entry(value: Any) -> str:
-    return "name" if isinstance(value, str) else "entry"
-
-
-class ProbesConfig(_Settings):
-    """What is measured before and after."""
-
-    reference: list[
-        Annotated[Annotated[str, Tag("name")] | Annotated[ReferenceConfig, Tag("entry")], Discriminator(_name_or_entry)]
-    ] = ["core"]
-    """Old abilities: built-in suites, probe files or folders, tasks of lm-evaluation-harness (`lm_eval:TASK`); with
-    options as `{data: qa.jsonl, score: f1}`."""
-    tasks: ProbeOptions = ProbeOptions()
-    """Options of the probes that are made of the tasks' test rows."""
-    limit: int | None = Field(None, ge=1)
-    """At most this many items per reference probe (a fixed fair sample)."""
-    task_limit: int | None = Field(200, ge=1)
-    """At most this many items of each task's test rows."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the probes; auto is that of the training. All stages of a run are probed alike."""
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    """Confidence of every interval."""
-
-
-class VerdictConfig(_Settings):
-    """From which numbers on a run is called what. Changes no training: a finished run may be judged anew."""
-
-    keep_weight: float = Field(0.6, ge=0, le=1)
-    """Weight of what was kept in the balance; both weights together are 1."""
-    learn_weight: float = Field(0.4, ge=0, le=1)
-    """Weight of what was learned in the balance."""
-    max_forgetting: float = Field(0.2, ge=0, le=1)
-    """Successful: the mean relative drop of old abilities is below this."""
-    min_improvement: float = Field(0.1, ge=0, allow_inf_nan=False)
-    """Successful: the mean relative gain on the new tasks is above this."""
-    min_reference: float = Field(0.7, ge=0, le=1)
-    """Successful: the mean score on old abilities is above this."""
-    alarm: float = Field(0.3, ge=0, allow_inf_nan=False)
-    """An old ability that dropped by more than this, relative to before, is named."""
-    margin: float = Field(0.02, ge=0, le=1)
-    """Largest loss that counts as kept: 0.02 is 2 points."""
-    margin_nats: float = Field(0.02, ge=0, allow_inf_nan=False)
-    """The same for perplexity, in nats per token."""
-
-    @model_validator(mode="after")
-    def _weights(self) -> VerdictConfig:
-        if abs(self.keep_weight + self.learn_weight - 1) > 1e-6:
-            given = f"{self.keep_weight:g} + {self.learn_weight:g}"
-            raise ValueError(f"keep_weight + learn_weight is {given}. Give both, so that they add up to 1")
-        return self
-
-
-class MonitorConfig(_Settings):
-    """How a training is watched for forgetting, and what is done about it."""
-
-    every: int = Field(100, ge=1)
-    """Optimizer steps from one look to the next; the last step has one too."""
-    probes: list[str] = ["core"]
-    """Old abilities to ask about: built-in suites, probe files or folders; `[]` for the anchors alone."""
-    limit: int | None = Field(8, ge=2)
-    """At most this many items per probe (a fixed fair sample)."""
-    probes_every: int = Field(5, ge=1)
-    """The probes are asked at every so many-th look, and where an anchor's number moved or an alarm is near."""
-    anchors: str | None = None
-    """Texts on which loss and divergence from the base are taken at every look: a .txt file, or rows with a column
-    `text`; some of the core suite when not given."""
-    anchor_count: int = Field(128, ge=2)
-    """At most this many texts."""
-    anchor_tokens: int = Field(64, ge=2)
-    """At most this many tokens of each."""
-    move: float = Field(0.05, gt=0, allow_inf_nan=False)
-    """A rise of loss or divergence, in nats per token, that is worth a question: the probes are then asked. Not less
-    than three times what the arithmetic alone changes."""
-    max_forgetting: float = Field(0.3, gt=0, le=1)
-    """Alarm: the mean relative drop of old abilities is above this."""
-    patience: int = Field(2, ge=1)
-    """Looks in a row above it before anything is done."""
-    action: Literal["warn", "stop", "restore", "raise"] = "warn"
-    """What an alarm does: say it; stop the training; stop it and put the best weights back; raise `raised`."""
-    raised: str | None = None
-    """For `raise`: `replay`, whose share grows, or the name of another method, whose strength grows."""
-    factor: float = Field(2.0, gt=1, allow_inf_nan=False)
-    """For `raise`: by how much, at every alarm."""
-    most: float = Field(8.0, gt=1, allow_inf_nan=False)
-    """For `raise`: the largest factor in all."""
-    early_stop: int | None = Field(None, ge=1)
-    """Stop when so many looks at the probes in a row brought no better `score`."""
-    score: Literal["efficiency", "balance"] = "efficiency"
-    """Which look is the best: stability-efficiency, or the balance of what was kept and what was learned."""
-    checkpoint: bool = False
-    """Write a checkpoint at every look."""
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    """Confidence of every interval."""
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> MonitorConfig:
-        if (self.action == "raise") != (self.raised is not None):
-            raise ValueError("`action: raise` and `raised` (a method) go together. Give both, or none")
-        if not self.probes and (self.action != "warn" or self.early_stop):
-            raise ValueError("an action and `early_stop` go by the probes, and there are none. Give `probes`")
-        return self
-
-
-class RunConfig(_Settings):
+class RunConfig(Settings):
     """A run: tasks learned in order by one model, with methods, measured before and after each."""
 
     name: str | None = None

@@ -26,6 +26,7 @@ from retain.methods.lora import LoRA
 from retain.models import machine, params
 from retain.models.weightless import Cost, Weightless
 from retain.probes.base import Probe
+from retain.training.monitor import ForgettingMonitor
 from retain.training.rehearsal import Batch, Rehearsal
 from retain.workload import (
     WRITTEN_BATCH,
@@ -36,12 +37,15 @@ from retain.workload import (
     measured,
     questions,
     rows_to_write,
+    said_by_base,
     task_work,
+    watching,
     written_lengths,
 )
 
 if TYPE_CHECKING:
     from retain.pipeline import Plan
+    from retain.results import ProbeInfo
 
 #: Share of the measured speed that a real pass reaches. `bench/estimates.py` on two cores of an AMD EPYC 9005.
 EFFICIENCY = 0.9
@@ -95,7 +99,12 @@ class Estimate:
 
 
 def estimate(
-    planned: Plan, tasks: Sequence[Task], tokenizer: Any, probes: Sequence[Probe] = (), old: Any = None
+    planned: Plan,
+    tasks: Sequence[Task],
+    tokenizer: Any,
+    probes: Sequence[Probe] = (),
+    old: Any = None,
+    infos: Sequence[ProbeInfo] = (),
 ) -> Estimate:
     """Estimate the memory and the time of a run on this machine, for one process.
 
@@ -105,13 +114,14 @@ def estimate(
         tokenizer: of its model.
         probes: asked before the first task and after every task.
         old: the user's rows that stand for old data, in chat form, or None.
+        infos: of the probes; by them a monitor's probes of each task are known.
 
     Raises:
         ConfigError: training settings that cannot be used here, or nothing that is left to train.
         ModelError: the model's configuration is not there.
     """
     with torch.random.fork_rng([]):  # methods draw their first weights
-        return _Estimator(planned, tokenizer, old).run(tasks, probes)
+        return _Estimator(planned, tokenizer, old).run(tasks, probes, infos)
 
 
 class _Estimator:
@@ -133,7 +143,7 @@ class _Estimator:
         if distill is not None and (distill.rows == "text" or distill.teacher != "start"):
             self.notes.append("distill: its texts, and a teacher other than the start, are not counted")
 
-    def run(self, tasks: Sequence[Task], probes: Sequence[Probe]) -> Estimate:
+    def run(self, tasks: Sequence[Task], probes: Sequence[Probe], infos: Sequence[ProbeInfo]) -> Estimate:
         work = self._work(tasks)
         rehearsal, passes = self._rehearsed(work)
         self._recommend(rehearsal.parameters)
@@ -144,7 +154,7 @@ class _Estimator:
             self._memory(rehearsal, passes),
             machine.free_bytes(self.device),
             self.device,
-            self._time(passes, work, questions(probes, self.tokenizer)) if passes else {},
+            self._time(passes, work, self._looks(work, probes, infos)) if passes else {},
             self.notes,
             [],
         )
@@ -177,6 +187,24 @@ class _Estimator:
             found.append(self._taught(task_work(task.name, rows, new, self.train, replay, old)))
             if replay is not None and replay.buffer and "tasks" in replay.asked:
                 earlier.append(Lengths.joined([new, *earlier]))
+        return found
+
+    def _looks(
+        self, work: Sequence[TaskWork], probes: Sequence[Probe], infos: Sequence[ProbeInfo]
+    ) -> dict[str, list[tuple[int, Questions]]]:
+        """What is asked: name → how often, and each time what."""
+        stages = len(work) + 1
+        again = stages if self.config.private else 1  # a private run keeps nothing of what the base said
+        found = {
+            f"asking the probes {stages} times": [(stages, questions(probes, self.tokenizer))],
+            "what the base says (divergence)": [(again, said_by_base(probes, self.tokenizer))],
+        }
+        if self.config.monitor is not None:
+            monitor = ForgettingMonitor(**self.config.monitor.model_dump())
+            own = [[p for p, info in zip(probes, infos) if info.task == one.name] for one in work]
+            found["looks of the monitor"] = watching(monitor, work, own, self.tokenizer)
+            if monitor.old or any(own):
+                self.notes.append("monitor: probes are asked more often where loss or divergence on the anchors rises")
         return found
 
     def _taught(self, work: TaskWork) -> TaskWork:
@@ -274,7 +302,9 @@ class _Estimator:
             found["Python and libraries"] = LIBRARIES
         return {name: size for name, size in found.items() if size}
 
-    def _time(self, passes: dict[str, Cost], work: Sequence[TaskWork], asked: Questions) -> dict[str, float]:
+    def _time(
+        self, passes: dict[str, Cost], work: Sequence[TaskWork], looks: dict[str, list[tuple[int, Questions]]]
+    ) -> dict[str, float]:
         """Seconds by part."""
         speed = machine.measure(self.device, self.half)
         takes = {name: speed.seconds(cost) / EFFICIENCY for name, cost in passes.items()}
@@ -297,10 +327,11 @@ class _Estimator:
                 counts += [min(ewc.samples, one.rows) for one in work if one.rows]
             if counts:
                 found["importance of weights"] = sum(-(-n // ewc.batch_size) for n in counts) * takes["importance"]
-        look = asked.read / (READ[0] * READ[1]) * takes["read"]
-        look += sum(calls for _, calls in asked.calls) * takes["write"]
-        if look:
-            found[f"asking the probes {len(work) + 1} times"] = (len(work) + 1) * look
+        for name, parts in looks.items():
+            read = sum(times * one.read for times, one in parts) / (READ[0] * READ[1])
+            calls = sum(times * number for times, one in parts for _, number in one.calls)
+            if seconds := read * takes["read"] + calls * takes["write"]:
+                found[name] = seconds
         return found
 
     def _advice(self) -> list[str]:

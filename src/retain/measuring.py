@@ -123,6 +123,7 @@ def compare_models(
     limit: int | None = None,
     say: Say = print,
     watched: Callable[[str, int], AbstractContextManager[Progress]] | None = None,
+    lang: str = "en",
 ) -> list[Path]:
     """Ask every model the same probes and set all against the first, item by item.
 
@@ -133,6 +134,7 @@ def compare_models(
             asked twice.
         limit: at most this many items per probe.
         watched: (model, items) → context of a progress bar.
+        lang: language of the reports.
 
     Returns:
         The directories, in the order of the models, each with `results.json` and a report that shows all.
@@ -168,7 +170,7 @@ def compare_models(
         save_results(_results(label, names[0], stages, infos, (tables[0], table), command), place)
         places.append(place)
     for place in places:
-        write_report(place, [other for other in places if other != place])
+        write_report(place, [other for other in places if other != place], lang)
     return places
 
 

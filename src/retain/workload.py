@@ -13,7 +13,9 @@ from retain.data.chat import row_lengths
 from retain.functional.pacing import mean_share
 from retain.models.generation import has_chat_template, render
 from retain.probes.asking import is_written
-from retain.probes.base import Probe, Subject
+from retain.probes.base import Item, Probe, Subject
+from retain.probes.divergence import Divergence
+from retain.training.monitor import ForgettingMonitor
 from retain.training.rehearsal import Batch
 
 #: Rows of a task whose tokens are counted, spread evenly over it.
@@ -72,7 +74,7 @@ class TaskWork:
 
 @dataclass(frozen=True)
 class Questions:
-    """The work of one look at all probes.
+    """The work of one look.
 
     Args:
         read: tokens that are read: prompts, choices, texts.
@@ -188,23 +190,69 @@ def _packed(new: Lengths, rows: int | None, length: int) -> tuple[Lengths, int |
 def questions(probes: Sequence[Probe], tokenizer: Any) -> Questions:
     """The work of asking all probes once."""
     texts: list[str] = []
+    read = 0
     answers: list[tuple[int, int]] = []  # (tokens at most, tokens of the prompt)
     for probe in probes:
         for item in probe.items:
             if is_written(probe):
                 prompt = render(tokenizer, item.fields["prompt"])
                 answers += [(probe.limit(item), len(tokenizer(prompt)["input_ids"]))] * probe.times(item)
+            elif isinstance(probe, Divergence):
+                read += sum(_context(probe, item, tokenizer))
             elif "max_tokens" in item.fields:  # written for lm-evaluation-harness
                 answers.append((item.fields["max_tokens"], len(tokenizer(item.fields["prompt"])["input_ids"])))
             else:
                 texts += [text for text in item.fields.values() if isinstance(text, str)]
                 texts += map(str, item.fields.get("choices") or getattr(probe, "labels", []))
-    read = sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0
-    calls = []
-    rest = sorted(answers, reverse=True)
-    while rest:  # batches as `generate` makes them
+    read += sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0
+    return Questions(read + sum(prompt for _, prompt in answers), _calls(answers))
+
+
+def said_by_base(probes: Sequence[Probe], tokenizer: Any) -> Questions:
+    """The work of the base for probes of divergence: the continuations that it writes, and the contexts it reads."""
+    contexts = [
+        _context(probe, item, tokenizer) for probe in probes if isinstance(probe, Divergence) for item in probe.items
+    ]
+    answers = [(answer, prompt) for prompt, answer in contexts if answer]
+    return Questions(sum(map(sum, contexts)) + sum(prompt for _, prompt in answers), _calls(answers))
+
+
+def watching(
+    monitor: ForgettingMonitor, tasks: Sequence[TaskWork], own: Sequence[Sequence[Probe]], tokenizer: Any
+) -> list[tuple[int, Questions]]:
+    """What a monitor does in a run: how often, and each time what. Probes are counted at their turn, not where they are
+    asked because something moved.
+
+    Args:
+        own: probes of each task, beside the monitor's old ones.
+    """
+    c = monitor.settings
+    anchors = Questions(sum(map(len, monitor.with_tokenizer(tokenizer).rows)), [])
+    looks = [-(-task.steps // c.every) for task in tasks]
+    turns = [task.steps // c.every // c.probes_every for task in tasks]
+    # the last look asks, too, and it may be one whose turn it is
+    asked = [n + bool(task.steps % (c.every * c.probes_every)) for n, task in zip(turns, tasks)]
+    # the base reads the anchors twice, and a later task begins with a look
+    found = [(2 + len(tasks) - 1 + sum(looks), anchors)]
+    if monitor.old or any(own):
+        found.append((1 + sum(asked), questions(monitor.old, tokenizer)))
+        found += [(1 + times, questions(mine, tokenizer)) for times, mine in zip(asked, own)]
+    return found
+
+
+def _context(probe: Divergence, item: Item, tokenizer: Any) -> tuple[int, int]:
+    """Tokens of a context: of the text or prompt, and, at most, of the base's answer."""
+    if "text" in item.fields:
+        return min(len(tokenizer(item.fields["text"])["input_ids"]), probe.limit(item)), 0
+    return len(tokenizer(render(tokenizer, item.fields["prompt"]))["input_ids"]), probe.limit(item)
+
+
+def _calls(answers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(rows, calls) of batches as `generate` makes them, for (tokens at most, tokens of the prompt)."""
+    calls, rest = [], sorted(answers, reverse=True)
+    while rest:
         limit, width = rest[0][0], max(prompt for _, prompt in rest)
         size = max(1, Subject.batch_tokens // (limit + width))
         calls.append((len(rest[:size]), limit))
         rest = rest[size:]
-    return Questions(read + sum(prompt for _, prompt in answers), calls)
+    return calls

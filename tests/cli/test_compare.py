@@ -89,6 +89,15 @@ def test_the_table_and_the_page_name_both(compared: tuple[Path, Path], monkeypat
         assert "replay" in text
 
 
+def test_in_chinese(compared: tuple[Path, Path], monkeypatch, capsys, tmp_path: Path) -> None:
+    _, folder = compared
+    words = ["compare", folder / "naive", folder / "replay", "--output", tmp_path / "zh"]
+    retain(monkeypatch, *words, "--lang", "zh")
+    assert "相对" in capsys.readouterr().out
+    assert 'lang="zh-CN"' in (tmp_path / "zh" / "compare.html").read_text(encoding="utf-8")
+    assert "unknown 'fr'" in refused(monkeypatch, capsys, *words, "--lang", "fr")
+
+
 def test_done_again_nothing_is_trained_or_asked(compared: tuple[Path, Path], monkeypatch) -> None:
     config, folder = compared
     kept = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".parquet", ".jsonl")]

@@ -74,7 +74,7 @@ def test_a_directory_has_its_report_written_too(make_run, retain):
     done = retain(directory, "--fail-over", "0.02", "--lang", "zh")
     assert done.exit_code == 1
     assert 'lang="zh-CN"' in (directory / "report.html").read_text(encoding="utf-8")
-    assert done.stdout.splitlines()[1].startswith("lost: ")
+    assert done.stdout.splitlines()[1].startswith("已遗忘：")
     (directory / "run.yaml").write_text("language: zh\n", encoding="utf-8")
     (directory / "report.html").unlink()
     assert retain(directory).exit_code == 0

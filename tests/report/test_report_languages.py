@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import string
 from pathlib import Path
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 from browser import Page
 from fake_run import build_run
+from rich.console import Console
 
 import retain
 from retain import analysis
 from retain.config import parse
 from retain.errors import ConfigError
-from retain.report import language, page, top, write_report
+from retain.report import compare, gate, language, page, retention, terminal, top, totals, write_report
 from retain.report.language import LANGUAGES, say, speaking, texts
-from retain.results import load_items, load_results, save_results
+from retain.results import ClassNumbers, ProbeInfo, Totals, load_items, load_results, save_results
 
 PACKAGE = Path(retain.__file__).parent
 SOURCES = {
@@ -58,7 +60,7 @@ def test_every_text_is_used_and_every_one_that_is_used_is_there():
 
 
 #: Sections whose names are words of results.json.
-WORDS = {"agreement", "shift", "conclusion", "band", "group", "metric", "outcome", "outcome_why", "role"}
+WORDS = {"totals", "agreement", "shift", "conclusion", "band", "group", "metric", "outcome", "outcome_why", "role"}
 FIELDS = {
     *(f"{name}{end}" for name in analysis.results.Sequence.model_fields for end in ("", "_why")),
     *(f"{name}_why" for name in ("improvement", "drop", "forgetting_raw", "forgetting_adjusted", "forgetting_paired")),
@@ -72,20 +74,41 @@ def test_words_of_results_have_a_text():
             assert f"{kind}.{word}" in texts("zh")
 
 
+NUMBERS = Totals(
+    numbers=dict.fromkeys(totals.NUMBERS, 0.25),
+    classes={"yes": ClassNumbers(precision=0.5, recall=0.25, f1=1 / 3, items=12)},
+)
+
+
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """The Chinese page and Markdown of a run that shows every section, and the names that may stay as they are."""
+def runs(tmp_path_factory):
+    """Directories of two runs that show every section."""
     directory, other = (tmp_path_factory.mktemp(name) for name in ("careful", "naive"))
     for place in (directory, other):
         build_run(place, tasks=("one", "two"), drop=0.3)
         results = load_results(place)
         verdict = results.verdict.model_copy(update={"lost_over_threshold": ["countries", "grammar"]})
         update = {"old": OLD, "notes": NOTES, "verdict": verdict, "ahead": []}
+        update["totals"] = {stage: {"countries": NUMBERS} for stage in results.stages}
         save_results(results.model_copy(update=update), place)
+    return directory, other
+
+
+@pytest.fixture(scope="module")
+def pages(runs):
+    """The Chinese page and Markdown, and the names that may stay as they are."""
+    directory, other = runs
     text = write_report(directory, [other], lang="zh").read_text(encoding="utf-8")
     results = load_results(directory)
     names = [info.name for info in results.probes] + [results.model, results.command]
     return text, (directory / "report.md").read_text(encoding="utf-8"), sorted(names, key=len, reverse=True)
+
+
+def english(found: Page, names: list[str]) -> list[str]:
+    """What a page says in English, in its text or to those who hear it."""
+    shown = [a.get(k) or "" for _, a in found.tags for k in ("aria-label", "title", "placeholder", "data-label")]
+    plain = [words for words in shown if re.fullmatch(r"[A-Za-z /()]+", words) and words not in names]
+    return [words for words in [*found.words, *shown] if left_over(words, names)] + plain
 
 
 def left_over(text: str, names: list[str]) -> list[str]:
@@ -104,10 +127,7 @@ def test_the_chinese_page_has_no_english_sentence(pages):
     body = re.sub(
         r"<(pre|title|style|script|code)\b.*?</\1>|<table class=\"plain mono\">.*?</table>", "", text, flags=re.S
     )
-    assert [left_over(words, names) for words in Page(body).words if left_over(words, names)] == []
-    attributes = [a.get(k) or "" for _, a in found.tags for k in ("aria-label", "title", "placeholder", "data-label")]
-    assert not [words for words in attributes if left_over(words, names)]
-    assert not [words for words in attributes if re.fullmatch(r"[A-Za-z /()]+", words) and words not in names]
+    assert english(Page(body), [*names, "F1"]) == []
     words = found.data["words"]
     assert all(re.search(r"[\u4e00-\u9fff]", word) for key, word in words.items() if key != "outcome")
     plain = re.sub(r"^`{3,}.*?^`{3,}$|^## 答案有变化的题目.*?(?=^## )", "", markdown, flags=re.S | re.M)
@@ -116,6 +136,74 @@ def test_the_chinese_page_has_no_english_sentence(pages):
     for words in ("遗忘了多少", "学到了多少", "结论有多可靠", "得分下降超过 30%", "留出 20 行用于测试"):
         assert words in found.text
         assert words in markdown or words == "留出 20 行用于测试"
+
+
+def test_the_comparison_in_chinese(runs, tmp_path):
+    with speaking("zh"):
+        found = compare.load(runs)
+        path = compare.write(found, tmp_path)
+        table = terminal.standings([(s.label, s.results, s.numbers) for s in found])
+    names = [s.label for s in found] + [info.name for info in found[0].results.probes]
+    names = sorted([*names, found[0].results.model, "one", "two", *found[0].results.methods], key=len, reverse=True)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert ("html", {"lang": "zh-CN"}) in page.tags
+    body = re.sub(r"<(style|title)\b.*?</\1>|<table class=\"plain mono\">.*?</table>", "", path.read_text(), flags=re.S)
+    assert english(Page(body), names) == []
+    lines = (tmp_path / "compare.md").read_text(encoding="utf-8")
+    for text in (lines, shown(table)):
+        assert left_over(text.replace("\\", ""), names) == []
+    for words in ("学到与保持", "方括号内为 95% 区间", "参照"):
+        assert words in page.text
+        assert words in lines
+    assert "学到：新任务上的个百分点" in (tmp_path / "compare.svg").read_text(encoding="utf-8")
+
+
+def test_the_terminal_and_the_gate_in_chinese(runs):
+    results = load_results(runs[0])
+    names = sorted([info.name for info in results.probes] + [results.name, "one", "two"], key=len, reverse=True)
+    with speaking("zh"):
+        table, line = shown(terminal.summary(results)), gate.check(results, 0.02).said
+    for text in (table, line):
+        assert left_over(text, names) == []
+        assert not re.search(r"[\u4e00-\u9fff][,;:?!]|[,;:?!][\u4e00-\u9fff]", text)
+    assert "已遗忘：平均下降" in line
+    for words in ("结论", "丢失/新增", "已遗忘"):
+        assert words in table
+
+
+def test_knowledge_retention_in_chinese(tmp_path):
+    rows = [
+        {"probe": name, "item": str(k), "prompt": f"{name} {k}?", "reference": "1", "output": "1", "tokens": 1}
+        | {"score": float(k % 3 > 0), "correct": k % 3 > 0, "details": "{}"}
+        for name in ("law", "art")
+        for k in range(30)
+    ]
+    turned = [{**row, "score": 1 - row["score"], "correct": not row["correct"]} for row in rows]
+    later = [other if row["item"] < "2" else row for row, other in zip(rows, turned)]
+    infos = [
+        ProbeInfo(name=name, kind="answer", group="knowledge", role="reference", metric="exact match", items=30)
+        for name in ("law", "art")
+    ]
+    report = retention.retention_report("base", "tuned", rows, later, infos)
+    with speaking("zh"):
+        table = shown(retention.shown(report))
+        for ending in ("html", "md", "json"):
+            retention.write(report, tmp_path / f"kept.{ending}")
+    page = Page((tmp_path / "kept.html").read_text(encoding="utf-8"))
+    lines = (tmp_path / "kept.md").read_text(encoding="utf-8")
+    assert ("html", {"lang": "zh-CN"}) in page.tags
+    for text in (page.text, lines, table):
+        assert left_over(text, ["base", "tuned", "law", "art"]) == []
+        for words in ("领域", "保持率", "全部问题"):
+            assert words in text
+    assert "丢失：" in page.text
+    assert '"all questions"' in (tmp_path / "kept.json").read_text(encoding="utf-8"), "files are read by programs"
+
+
+def shown(renderable) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
 
 
 def test_chinese_punctuation(pages):

@@ -118,7 +118,8 @@ def test_a_whole_run_on_two_processes(tmp_path, launch):
     for name, batch, processes in (("one", 4, 1), ("two", 2, 2)):
         values = settings(shop, tmp_path / name, methods=methods, old=None)
         values["train"] |= {"per_device_train_batch_size": batch, "save_steps": 3, "max_length": 192}
-        said = launch("run_config.py", write_config(tmp_path / f"{name}.yaml", values), processes=processes)
+        config = write_config(tmp_path / f"{name}.yaml", values)
+        said = launch("run_config.py", config, processes=processes, torchrun=processes > 1)
         assert said.count("the model wrote") == 1
     one, two = (load_results(tmp_path / name) for name in ("one", "two"))
     assert [(s.steps, s.new_rows, s.replay_rows) for s in one.training] == [

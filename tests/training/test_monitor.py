@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_kit import carry_out, environment, settings
+from run_kit import carry_out, settings
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from training_kit import Killed, StopAt, rows, same_bits, stored, train, trainer
+from warm import Script
 
 from retain import EWC, L2SP, Distill, ForgettingMonitor, LoRA, Replay
 from retain.config import parse
@@ -187,12 +187,12 @@ def test_resumed_training_has_one_baseline_and_the_same_looks(probes, tmp_path):
 def test_kill_9_loses_no_look(probes, tmp_path):
     kept(tmp_path / "whole", probes)
     script, log = Path(__file__).parent / "scripts" / "monitor_run.py", tmp_path / "cut" / "monitor.jsonl"
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "cut"), probes], env=environment())
+    process = Script(script, [str(tmp_path / "cut"), probes], tmp_path)
     until = time.monotonic() + 200
     while len(load_records(log)) < 4 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     held = [r["step"] for r in load_records(log)]
     assert held[:4] == [0, 2, 4, 6]
     with open(log, "a") as file:

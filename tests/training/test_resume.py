@@ -4,16 +4,15 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from run_kit import environment, settings, write_config
+from run_kit import settings, write_config
 from safetensors.torch import load_file
+from warm import Script
 
 from retain.config import parse
 from retain.errors import RunError
@@ -25,7 +24,7 @@ from retain.training import checkpoint
 SCRIPT = Path(__file__).parent / "scripts" / "run_config.py"
 METHODS = [
     {"lora": {"r": 4, "dropout": 0.1}},
-    {"replay": {"fraction": 0.25, "source": "self", "rows": 8}},
+    {"replay": {"fraction": 0.25, "source": "self", "rows": 8, "max_tokens": 24}},
     "distill",
 ]
 
@@ -36,14 +35,13 @@ def values_of(shop, output, **changes):
     return values
 
 
-def start(config: Path) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), str(config)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(config: Path) -> Script:
+    return Script(SCRIPT, [str(config)], config.parent)
 
 
 def finish(config: Path) -> str:
     process = start(config)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     assert process.returncode == 0, out + err[-4000:]
     return out
 
@@ -195,17 +193,29 @@ def test_one_more_task_equals_all_from_the_start(shop, whole, tmp_path):
     assert_same(one, other)
 
 
-@pytest.fixture
-def stopped(shop, tmp_path, monkeypatch):
-    """A run that stopped in the first task after checkpoint-4; (configuration, task folder)."""
+@pytest.fixture(scope="module")
+def stopped_once(shop, tmp_path_factory):
+    """A run that stopped in the first task after checkpoint-4; (configuration, a copy of its directory)."""
     from retain.training.trainer import ContinualTrainer
 
-    config = parse(values_of(shop, tmp_path / "run", tasks=[str(shop / "count")]))
-    with monkeypatch.context() as patch:
+    place = tmp_path_factory.mktemp("stopped")
+    config = parse(values_of(shop, place / "run", tasks=[str(shop / "count")]))
+    with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, ContinualTrainer, "training_step", 6)
         with pytest.raises(Killed):
             run(config, lambda line: None)
-    folder = tmp_path / "run" / "tasks" / "01-count"
+    shutil.copytree(place / "run", place / "kept")
+    return config, place / "kept"
+
+
+@pytest.fixture
+def stopped(stopped_once):
+    """(Configuration, task folder) of that run as it stopped."""
+    config, kept = stopped_once
+    place = Path(config.directory)
+    shutil.rmtree(place)
+    shutil.copytree(kept, place)
+    folder = place / "tasks" / "01-count"
     assert checkpoint.newest(folder).name == "checkpoint-4"
     return config, folder
 
@@ -313,8 +323,8 @@ def test_resolve(tmp_path):
     assert checkpoint.load_state(tmp_path) == {}
 
 
-def test_other_configurations_are_refused(shop, stopped, tmp_path):
-    _, folder = stopped
+def test_other_configurations_are_refused(shop, stopped):
+    config, folder = stopped
     before = everything(folder)
     for changes, word in (
         ({"seed": 5}, "seed"),
@@ -324,6 +334,6 @@ def test_other_configurations_are_refused(shop, stopped, tmp_path):
         ({"old": str(shop / "old.jsonl")}, "old"),
     ):
         with pytest.raises(RunError, match=f"a run with other `{word}`") as caught:
-            run(parse(values_of(shop, tmp_path / "run", **({"tasks": [str(shop / "count")]} | changes))), str)
+            run(parse(values_of(shop, config.directory, **({"tasks": [str(shop / "count")]} | changes))), str)
         assert "\n" not in str(caught.value)
     assert everything(folder) == before

@@ -7,7 +7,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def console() -> Any:
@@ -33,6 +36,15 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
+
+
+def language_of(directory: Path) -> str:
+    """What a run was told to write in."""
+    import yaml
+
+    path = directory / "run.yaml"
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return str(found.get("language", "en")) if isinstance(found, dict) else "en"
 
 
 def quietly(screen: Any) -> Callable[[str], None]:

@@ -31,6 +31,7 @@ def command(
         str | None, typer.Option("--output", help="Folder of the comparison; runs/<name>-compare by default.")
     ] = None,
     set_: Annotated[list[str], typer.Option("--set", "-o", help="Override a setting of the YAML file.")] = [],  # noqa: B006
+    lang: Annotated[str | None, typer.Option("--lang", help="Language: en or zh; that of the runs by default.")] = None,
 ) -> None:
     """Run sets of methods on the same tasks, take finished runs, or ask models the same, and say what was kept.
 
@@ -44,15 +45,17 @@ def command(
     """
     from pathlib import Path
 
-    from retain.cli.common import console
+    from retain.cli.common import console, language_of
     from retain.errors import ConfigError
+    from retain.report.language import check, speaking
 
+    check(lang or "en")
     out = console()
     of_runs = methods or any(Path(run).is_file() for run in runs)
     if not of_runs and (probes or not all((Path(run) / "results.json").is_file() for run in runs)):
         if set_:
             raise ConfigError("--set: models are asked as they are. Give a YAML file with --methods.")
-        _models(runs, probes or ["core"], Path(output or "runs/compare"), limit, out)
+        _models(runs, probes or ["core"], Path(output or "runs/compare"), limit, out, lang or "en")
         return
     for name, value in (("--probes", probes), ("--limit", limit)):
         if value:
@@ -72,29 +75,32 @@ def command(
         folder = Path(output or os.path.relpath(os.path.dirname(os.path.abspath(runs[0]))))
     from retain.report import compare, terminal
 
-    found = compare.load(places)
-    out.print(terminal.standings([(s.label, s.results, s.numbers) for s in found]))
-    out.print(compare.explained(found), style="dim", highlight=False, markup=False)
-    out.print(f"Picture and table: {compare.write(found, folder)}", highlight=False, markup=False, soft_wrap=True)
+    with speaking(lang or language_of(places[0])):
+        found = compare.load(places)
+        out.print(terminal.standings([(s.label, s.results, s.numbers) for s in found]))
+        out.print(compare.explained(found), style="dim", highlight=False, markup=False)
+        out.print(f"Picture and table: {compare.write(found, folder)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _models(names: list[str], sources: list[str], folder: Path, limit: int | None, out: Any) -> None:
+def _models(names: list[str], sources: list[str], folder: Path, limit: int | None, out: Any, lang: str) -> None:
     """Ask models the same probes and print what the others lost of the first."""
     from functools import partial
 
     from retain.cli.common import probing, quiet_libraries, quietly
     from retain.measuring import compare_models
     from retain.report import terminal
+    from retain.report.language import speaking
     from retain.results import load_results
 
     quiet_libraries()
 
-    places = compare_models(names, sources, folder, limit, quietly(out), partial(probing, out))
+    places = compare_models(names, sources, folder, limit, quietly(out), partial(probing, out), lang)
     found = [load_results(place) for place in places]
-    for results in found:
-        out.print(terminal.summary(results))
-    if len(found) > 1:
-        out.print(terminal.compare(found[0], found[1], *found[2:]))
+    with speaking(lang):
+        for results in found:
+            out.print(terminal.summary(results))
+        if len(found) > 1:
+            out.print(terminal.compare(found[0], found[1], *found[2:]))
     out.print(f"Report: {places[0] / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 

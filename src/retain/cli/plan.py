@@ -42,9 +42,9 @@ def command(
         rows = read_rows(settings, planned.train, notes.append)
         tokenizer, tasks = rows.tokenizer, rows.tasks
         planned.stack.check_inputs(tokenizer)
-        probes, _, _ = load_probes(settings, tasks, tokenizer, notes.append)
+        probes, infos, _ = load_probes(settings, tasks, tokenizer, notes.append)
         check_directory(planned, rows, notes.append)
-        found = estimate(planned, tasks, tokenizer, probes, rows.old)
+        found = estimate(planned, tasks, tokenizer, probes, rows.old, infos)
     names = [method.name for method in planned.stack.methods]
     share = found.trainable / found.parameters
     about = {

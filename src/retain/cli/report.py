@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def _schema(wanted: bool) -> None:
@@ -40,6 +37,7 @@ def command(
     """
     from pathlib import Path
 
+    from retain.cli.common import language_of
     from retain.errors import ConfigError
     from retain.results import load_results
 
@@ -54,7 +52,7 @@ def command(
             f"report: {run} is a file; a page needs the run directory. Give it, or --fail-over or --card."
         )
     if lang is None:
-        lang = _language_of(place.parent if alone else place)
+        lang = language_of(place.parent if alone else place)
     if not alone:
         from retain.report.page import write_report
 
@@ -65,17 +63,10 @@ def command(
         typer.echo(f"Model card: {write(load_results(place), Path(card), lang)}")
     if fail_over is not None:
         from retain.report.gate import check
+        from retain.report.language import speaking
 
-        gate = check(load_results(place), fail_over)
-        typer.echo(gate.line if gate.outcome != "not enough items to tell" else f"warning: {gate.line}")
+        with speaking(lang):
+            gate = check(load_results(place), fail_over)
+            typer.echo(gate.said)
         if gate.fails(strict):
             raise typer.Exit(1)
-
-
-def _language_of(directory: Path) -> str:
-    """What the run itself was told to write in."""
-    import yaml
-
-    path = directory / "run.yaml"
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return str(found.get("language", "en")) if isinstance(found, dict) else "en"

@@ -18,22 +18,21 @@ def command(
         list[str] | None, typer.Option("--output", help="Also write the report: .md, .html or .json; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
+    lang: Annotated[str, typer.Option("--lang", help="Language of table and report: en or zh.")] = "en",
 ) -> None:
     """Ask two models the same questions and show what was retained of each domain, with intervals."""
     from pathlib import Path
 
     from retain.cli.common import answers, console, quiet_libraries, quietly
     from retain.report import retention
+    from retain.report.language import check, speaking
 
+    check(lang)
     files = [Path(name).expanduser() for name in output or []]
     for path in files:
         retention.check_ending(path)
     quiet_libraries()
-    from rich.table import Table
-    from rich.text import Text
-
     from retain.measuring import open_probes, require_models
-    from retain.report.terminal import STYLES
 
     out = console()
     require_models([base, tuned])
@@ -44,19 +43,9 @@ def command(
     }
     before, after = answers(base, chosen, out), answers(tuned, chosen, out)
     report = retention.retention_report(base, tuned, before, after, infos, seed=seed, texts=texts)
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("domain", overflow="fold")
-    for head in ("before", "after", "retention", "band", "lost/gained", "conclusion"):
-        table.add_column(head, justify="left" if head in ("band", "conclusion") else "right")
-    for kept in retention.lines(report):
-        if kept is report.every:
-            table.add_section()
-        name, _, old, new, share, band, lost, gained, _, conclusion = retention.cells(kept)
-        table.add_row(
-            Text(name), old, new, share, Text(band, style=STYLES[retention.tone(kept)]), f"{lost}/{gained}", conclusion
-        )
-    out.print(table)
-    out.print(retention.explained(report), style="dim", highlight=False, markup=False)
-    for path in files:
-        retention.write(report, path)
-        out.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
+    with speaking(lang):
+        out.print(retention.shown(report))
+        out.print(retention.explained(report), style="dim", highlight=False, markup=False)
+        for path in files:
+            retention.write(report, path)
+            out.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)

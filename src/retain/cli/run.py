@@ -47,11 +47,13 @@ def carry_out(settings: RunConfig) -> bool:
     quiet_libraries()
     from retain.pipeline import run
     from retain.report import terminal
+    from retain.report.language import speaking
 
     out = console()
     results = run(settings, quietly(out))
     if os.environ.get("RANK", "0") != "0":
         return False  # under torchrun every process comes here; one speaks
-    out.print(terminal.summary(results))
+    with speaking(settings.language):
+        out.print(terminal.summary(results))
     out.print(f"Report: {settings.directory / 'report.html'}", highlight=False)
     return True

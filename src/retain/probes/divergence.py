@@ -82,6 +82,10 @@ class Divergence(Probe):
             progress(1)
         return [outcomes[place] for place in range(len(self.items))]
 
+    def limit(self, item: Item) -> int:
+        """Most tokens that are compared: of a text, or of the base's answer to a prompt."""
+        return int(self._option(item, "window" if "text" in item.fields else "max_tokens"))
+
     def _said(self, subject: Subject) -> list[Said]:
         """What the base said to every item: kept earlier, or found out now."""
         origin = subject.origin
@@ -108,10 +112,10 @@ class Divergence(Probe):
             if "text" in item.fields:
                 (tokens,) = encode(tokenizer, [item.fields["text"]])
                 tokens = tokens[1:] if tokens[:1] == [tokenizer.bos_token_id] else tokens
-                window = min(self._option(item, "window"), room)
+                window = min(self.limit(item), room)
                 contexts[place] = Context([prefix_token(tokenizer), *tokens[:window]], 1)
         prompts, _ = shown_to(subject, [self.items[place] for place in asked])
-        limits = [self._option(self.items[place], "max_tokens") for place in asked]
+        limits = [self.limit(self.items[place]) for place in asked]
         answers = generate(base, tokenizer, prompts, limits, batch_tokens=subject.batch_tokens)
         for place, ids, answer in zip(asked, encode_prompts(tokenizer, prompts), answers):
             shown = ids[answer.truncated :]

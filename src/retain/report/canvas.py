@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,11 +73,22 @@ def short(text: str, limit: int = 26) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+@contextmanager
+def any_script() -> Iterator[None]:
+    """Text stays text, so that the reader's own fonts show it: that matplotlib's has no Chinese does not matter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def wide(text: str) -> int:
+    """How many of its characters take the square of a Chinese one; matplotlib measures a narrow box for them."""
+    return sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
 def render(figure: Figure, name: str, title: str, alt: str) -> Picture:
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # Text stays text, so that the reader's own fonts show it: that matplotlib's has no Chinese does not matter.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with matplotlib.rc_context(STYLE), any_script():
         empty = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
     return Picture(name, title, alt, buffer.getvalue())

@@ -18,6 +18,7 @@ from retain import analysis
 from retain.errors import RunError
 from retain.report import front, markdown, page, wording
 from retain.report.canvas import INK, Picture, short
+from retain.report.language import say
 from retain.report.wording import BigNumber, Tone
 from retain.results import Estimate, ProbeInfo, Results, load_items, load_results, write_text
 
@@ -62,25 +63,26 @@ def load(runs: Sequence[Path]) -> list[Standing]:
                 "test rows, probes and seed."
             )
         last = _items(directory, results, -1)
-        percent = f"{100 * results.confidence:g} %: "  # said once, below the table
+        percent = wording.confidence(results) + say("list.colon")  # said once, below the table
         numbers = [dataclasses.replace(n, interval=n.interval.removeprefix(percent)) for n in wording.three(results)]
         learned = None
         against: list[BigNumber] = []
         unit = "points"
-        for role, word in (("task", "Learned"), ("reference", "Lost")):
+        for role, word in (("task", "compare.learned_against"), ("reference", "compare.lost_against")):
             infos = _probes(first, role)
             if not infos:
                 continue
             paired = analysis.compare_runs(base, reference, last, infos, confidence=first.confidence)
             nats = paired.unit != "score"
             more = paired.saved if role == "task" else _minus(paired.saved)
-            against.append(_against(f"{word} vs {short(first.name)}", more, paired.saved, nats))
+            against.append(_against(say(word, name=short(first.name)), more, paired.saved, nats))
             if role == "task":
                 learned, unit = _minus(paired.lost_b), "nats per token" if nats else "points"
                 if len(infos) > 1:
                     numbers[0] = dataclasses.replace(numbers[0], interval=_interval(learned, nats))
         if directory == place:
-            against = [dataclasses.replace(n, value="reference", interval="", tone="unknown") for n in against]
+            word = say("compare.reference")
+            against = [dataclasses.replace(n, value=word, interval="", tone="unknown") for n in against]
         kept = wording.kept_share(results)
         found.append(Standing(label, directory, results, [*numbers, *against], learned, kept, unit))
     return found
@@ -113,12 +115,13 @@ def draw(standings: Sequence[Standing]) -> Picture | None:
             return None
         learned = Estimate(**{end: factor * value for end, value in s.learned.model_dump().items()})
         points.append((s.label, learned, s.kept))
-    return front.learned_kept(points, standings[0].unit, standings[0].results.confidence)
+    unit = say("unit.points" if standings[0].unit == "points" else "unit.nats_token")
+    return front.learned_kept(points, unit, standings[0].results.confidence)
 
 
 def methods(results: Results) -> str:
     """Names of the methods of a run."""
-    return ", ".join(results.methods) or "none (plain fine-tuning)"
+    return ", ".join(results.methods) or say("compare.plain")
 
 
 def _check_same(mine: Results, other: Results) -> None:
@@ -173,27 +176,24 @@ def _amount(value: float, nats: bool) -> str:
 
 def _against(label: str, shown: Estimate, better: Estimate, nats: bool) -> BigNumber:
     tone: Tone = "good" if better.low > 0 else "bad" if better.high < 0 else "unknown"
-    value = f"{_amount(shown.value, nats)} {'nats' if nats else 'points'}"
+    value = f"{_amount(shown.value, nats)} {say('unit.nats' if nats else 'unit.points')}"
     return BigNumber(label, value, _interval(shown, nats), "", tone)
 
 
 def explained(standings: Sequence[Standing]) -> str:
     """How to read the numbers."""
     first = standings[0]
-    return (
-        f"Brackets are {100 * first.results.confidence:g} % intervals over the probes' items; differences to "
-        f"{first.label} are paired over the same items. What another training run would give, with another seed, they "
-        "do not say."
-    )
+    return say("compare.explained", percent=wording.confidence(first.results), name=first.label)
 
 
 def _title(standings: Sequence[Standing]) -> str:
     names = [s.label for s in standings]
-    return " · ".join(names) if len(names) < 5 else f"{names[0]} and {len(names) - 1} others"
+    return " · ".join(names) if len(names) < 5 else say("compare.others", first=names[0], n=len(names) - 1)
 
 
 def _markdown(standings: Sequence[Standing], picture: Picture | None) -> str:
-    head = ["run", "methods", *(n.label.lower() for n in standings[0].numbers), "verdict"]
+    numbers = [n.label.lower() for n in standings[0].numbers]
+    head = [say("side.run"), say("compare.methods"), *numbers, say("side.verdict")]
     rows = [
         [
             s.label,
@@ -206,7 +206,7 @@ def _markdown(standings: Sequence[Standing], picture: Picture | None) -> str:
     first = standings[0].results
     parts = [
         f"# {markdown.cell(_title(standings))}",
-        f"{markdown.cell(first.model)} → {markdown.cell(', then '.join(first.tasks))}",
+        f"{markdown.cell(first.model)} → {markdown.cell(say('page.then').join(first.tasks))}",
         markdown.table([markdown.cell(word) for word in head], rows),
     ]
     if picture is not None:
@@ -222,11 +222,16 @@ def _html(standings: Sequence[Standing], folder: Path, picture: Picture | None) 
         picture=picture,
         side_by_side=page.side_by_side([(s.label, s.results) for s in standings]),
         explained=explained(standings),
-        methods=methods,
+        about=_about,
         settings=lambda results: [(name, page.pairs(own)) for name, own in results.methods.items()],
-        seconds=lambda results: wording.duration(math.fsum(s.seconds for s in results.training)),
         reports={s.label: _link(s.directory / "report.html", folder) for s in standings},
     )
+
+
+def _about(results: Results) -> str:
+    """Methods, seed and time of a run in a line."""
+    time = wording.duration(math.fsum(s.seconds for s in results.training))
+    return say("compare.about", methods=methods(results), seed=results.seed, time=time)
 
 
 def _link(path: Path, folder: Path) -> str | None:

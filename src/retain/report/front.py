@@ -13,7 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Affine2D
 
 from retain.report import labels
-from retain.report.canvas import BEFORE, INK, LINES, STYLE, Picture, new_figure, render, short
+from retain.report.canvas import BEFORE, INK, LINES, STYLE, Picture, any_script, new_figure, render, short, wide
+from retain.report.language import say
+from retain.report.wording import percent
 from retain.results import Estimate
 
 Place = tuple[float, float]
@@ -61,15 +63,12 @@ def learned_kept(points: Sequence[tuple[str, Estimate, Estimate]], unit: str, co
         axes.set_ylim(min(axes.get_ylim()[0], 80), max(axes.get_ylim()[1], 103))  # a loss of 1 % must not fill it
         axes.grid(color=(0.5, 0.5, 0.5, 0.25), linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_xlabel(f"learned, {unit} on the new tasks")
-        axes.set_ylabel("kept, % of the base")
-        _name(axes, ["base", *(short(label, 22) for label, _, _ in points)], places, lines)
-    alt = "Each run is a point: further right it learned more, further up it kept more. Whiskers are "
-    alt += (
-        f"{100 * confidence:g} % intervals. The dashed line is the Pareto front: nothing here is better on both than "
-    )
-    alt += "what lies on it (filled points); where whiskers overlap, the order may be chance."
-    return render(figure, "compare", "Learned against kept", alt)
+        axes.set_xlabel(say("compare.learned_axis", unit=unit))
+        axes.set_ylabel(say("compare.kept_axis"))
+        with any_script():
+            _name(axes, [say("stage.base"), *(short(label, 22) for label, _, _ in points)], places, lines)
+    alt = say("compare.alt", percent=percent(f"{100 * confidence:g}"))
+    return render(figure, "compare", say("compare.title"), alt)
 
 
 def _name(axes: Axes, names: Sequence[str], places: Sequence[Place], lines: Sequence[tuple[Place, Place]]) -> None:
@@ -84,6 +83,7 @@ def _name(axes: Axes, names: Sequence[str], places: Sequence[Place], lines: Sequ
         axes.annotate(name, at, (0, 0), textcoords="offset points", va="bottom") for name, at in zip(names, places)
     ]
     sizes = np.array([text.get_window_extent(renderer).transformed(scale).size for text in texts])
+    sizes[:, 0] += np.array([0.4 * float(text.get_fontsize()) * wide(name) for name, text in zip(names, texts)])
     spots = to_points.transform(places)
     inside = axes.get_window_extent(renderer).transformed(scale).get_points()
     boxes = labels.place(spots, sizes, [to_points.transform(line) for line in lines], inside)

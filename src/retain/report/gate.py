@@ -11,6 +11,7 @@ from typing import Literal
 
 from retain.errors import RunError
 from retain.report import wording
+from retain.report.language import say
 from retain.results import Estimate, Results
 
 Outcome = Literal["kept", "lost", "not enough items to tell"]
@@ -18,10 +19,15 @@ Outcome = Literal["kept", "lost", "not enough items to tell"]
 
 @dataclass(frozen=True)
 class Gate:
-    """What a run says about a limit: the outcome, and one line that says why."""
+    """What a run says about a limit: the outcome, and one line that says why, in the language that is spoken."""
 
     outcome: Outcome
     line: str
+
+    @property
+    def said(self) -> str:
+        """The line as it is shown: a warning where nothing is shown."""
+        return say("gate.warning", line=self.line) if self.outcome == "not enough items to tell" else self.line
 
     def fails(self, strict: bool = False) -> bool:
         """Whether a build should stop: when the limit was passed, and where nothing is shown, if it is strict."""
@@ -72,17 +78,15 @@ def check(results: Results, limit: float) -> Gate:
         )
     outcome = decide(found.low, found.high, limit)
     low, value, high = (wording.number(100 * v, 2) for v in (found.low, found.value, found.high))
-    most = f"the limit of {100 * limit:g} points"
+    said = {"low": low, "high": high, "most": say("gate.limit", limit=f"{100 * limit:g}")}
     stored = results.verdict is not None and results.verdict.one_sided is not None
-    level = f"{100 * results.confidence:g} %, {'one-sided' if stored else 'two-sided: older results'}"
-    why = {
-        "kept": f"the upper bound, {high}, is at most {most}",
-        "lost": f"the lower bound, {low}, is above {most}",
-        "not enough items to tell": f"{most} lies between the bounds {low} and {high}; more items would decide",
-    }[outcome]
+    level = say("gate.one_sided" if stored else "gate.two_sided", percent=wording.confidence(results))
+    why = {"kept": "gate.why_kept", "lost": "gate.why_lost", "not enough items to tell": "gate.why_open"}[outcome]
+    alarm = wording.percent(f"{100 * results.thresholds.alarm:g}")
     large = "".join(
-        f"; dropped by more than {100 * results.thresholds.alarm:g} %{doubt}: {', '.join(names)}"
-        for doubt, names in zip(("", " (may be chance)"), wording.large_losses(results))
+        say(key, percent=alarm, names=say("list.comma").join(names))
+        for key, names in zip(("gate.large", "gate.large_chance"), wording.large_losses(results))
         if names
     )
-    return Gate(outcome, f"{outcome}: {value} points lost on average; {why} ({level}){large}")
+    word = say(f"gate.{outcome}")
+    return Gate(outcome, say("gate.line", outcome=word, value=value, why=say(why, **said), level=level, large=large))

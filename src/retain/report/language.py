@@ -24,6 +24,12 @@ LANGUAGES = {"en": "en", "zh": "zh-CN"}
 _spoken: ContextVar[str] = ContextVar("language", default="en")
 
 
+def check(language: str) -> None:
+    """Raises ConfigError for a language without texts."""
+    if language not in LANGUAGES:
+        raise ConfigError(unknown("language of the report", language, LANGUAGES))
+
+
 @contextmanager
 def speaking(language: str) -> Iterator[None]:
     """Everything that is written inside is written in this language.
@@ -31,8 +37,7 @@ def speaking(language: str) -> Iterator[None]:
     Raises:
         ConfigError: a language without texts.
     """
-    if language not in LANGUAGES:
-        raise ConfigError(unknown("language of the report", language, LANGUAGES))
+    check(language)
     token = _spoken.set(language)
     try:
         yield

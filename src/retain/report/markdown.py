@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from retain.report import changed, judged, language, top, wording
+from retain.report import changed, judged, language, top, totals, wording
 from retain.report import flips as flip
 from retain.report.language import say
 from retain.results import Change, ProbeInfo, Results, StepSummary, write_text
@@ -75,6 +75,7 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
         head = [say("side.run"), *(n.label.lower() for n in wording.three(results)), say("side.verdict")]
         parts.append(table(head, compare_rows([(results.name, results), *compare])))
     parts += _probes(results)
+    parts += _totals(results, compare)
     parts += _tasks(results)
     parts += _judged(results)
     parts += _changed(results)
@@ -123,9 +124,25 @@ def _probes(results: Results) -> list[str]:
     return [*parts, say("md.explained", percent=wording.confidence(results))]
 
 
+def _totals(results: Results, compare: Sequence[tuple[str, Results]]) -> list[str]:
+    found = totals.shown(results, compare)
+    parts = []
+    if found.numbers:
+        head = [*_head("probes.probe", "totals.number"), *map(_small, found.heads)]
+        parts.append(table(head, [[probe, number, *cells] for probe, number, cells in found.numbers]))
+    if found.classes:
+        head = [*_head("probes.probe", "totals.class", "totals.count"), *map(_small, found.words)]
+        parts.append(table(head, [[one.probe, one.name, one.items, *one.cells] for one in found.classes]))
+    return [f"## {say('totals.title')}", *parts, say("totals.note")] if parts else []
+
+
 def _head(*keys: str) -> list[str]:
     """Words for the head of a table; only what begins a sentence elsewhere is written small."""
-    return [text if (text := say(key)).startswith("p ") else text[0].lower() + text[1:] for key in keys]
+    return [_small(say(key)) for key in keys]
+
+
+def _small(text: str) -> str:
+    return text if text.startswith(("p ", "F1")) else text[0].lower() + text[1:]
 
 
 def _tasks(results: Results) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, Template
 
 from retain.errors import RunError
-from retain.report import changed, figures, judged, language, markdown, top, wording
+from retain.report import changed, figures, judged, language, markdown, top, totals, wording
 from retain.report import flips as flip
 from retain.report.canvas import INK, Picture
 from retain.report.language import say
@@ -103,6 +103,7 @@ def render(
         groups=judged.groups(results),
         agreed=changed.agreed(results),
         moved=changed.moved(results),
+        totals=totals.shown(results, compare),
         pictures={picture.name: picture for picture in pictures},
         flips=flips,
         flip_data={"items": flips.items, "others": flips.others, "words": flip.words()},

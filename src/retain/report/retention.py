@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+from rich.text import Text
 
 from retain import analysis
 from retain.errors import DataError, RunError
-from retain.report import flips, markdown, wording
+from retain.report import flips, language, markdown, wording
+from retain.report.language import say
+from retain.report.terminal import STYLES
 from retain.report.wording import Tone
 from retain.results import Change, Estimate, ProbeInfo, write_text
 
 EVERY = "all questions"
 ENDINGS = (".md", ".html", ".json")
-HEAD = ("domain", "items", "before", "after", "retention", "band", "lost", "gained", "change", "conclusion")
+_HEAD = ("domain", "items", "before", "after", "retention", "band", "lost", "gained", "change", "conclusion")
 _TONES: dict[str, Tone] = {"excellent": "good", "good": "good", "fair": "unknown", "poor": "bad"}
 Rows = Sequence[Mapping[str, Any]]
 
@@ -128,22 +132,27 @@ def _flips(before: Rows, after: Rows, infos: Sequence[ProbeInfo], texts: Mapping
 
 
 def cells(kept: Kept) -> list[str]:
-    """One row of the table, in the order of `HEAD`."""
+    """One row of the table, in the order of `head`."""
     info, change = kept.info, kept.change
     return [
-        info.name,
+        say("retention.every") if info.name == EVERY else info.name,
         str(change.items),
         f"{wording.score(info, change.before.value)} {wording.score_interval(info, change.before)}",
         f"{wording.score(info, change.after.value)} {wording.score_interval(info, change.after)}",
-        f"{wording.number(kept.retention.value)} % [{wording.number(kept.retention.low)}, "
+        f"{wording.percent(wording.number(kept.retention.value))} [{wording.number(kept.retention.low)}, "
         f"{wording.number(kept.retention.high)}]",
-        change.band,
+        language.name("band", change.band),
         str(change.lost),
         str(change.gained),
         f"{wording.difference(info, change.difference.value)} {wording.unit(info)} "
         f"{wording.difference_interval(info, change.difference)}",
-        change.conclusion,
+        language.name("conclusion", change.conclusion),
     ]
+
+
+def head() -> list[str]:
+    """The words above the table."""
+    return [say(f"retention.{word}") for word in _HEAD]
 
 
 def tone(kept: Kept) -> Tone:
@@ -156,14 +165,33 @@ def lines(report: Retention) -> list[Kept]:
     return [*report.domains, *([report.every] if report.every else [])]
 
 
+def shown(report: Retention) -> Table:
+    """The table for the terminal."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column(say("retention.domain"), overflow="fold")
+    for word in ("before", "after", "retention", "band", "lost_gained", "conclusion"):
+        table.add_column(say(f"retention.{word}"), justify="left" if word in ("band", "conclusion") else "right")
+    for kept in lines(report):
+        if kept is report.every:
+            table.add_section()
+        name, _, old, new, share, band, lost, gained, _, conclusion = cells(kept)
+        coloured = Text(band, style=STYLES[tone(kept)])
+        table.add_row(Text(name), old, new, share, coloured, f"{lost}/{gained}", conclusion)
+    return table
+
+
 def explained(report: Retention) -> str:
     """How to read the numbers."""
-    return (
-        "Retention is the score after in percent of the score before, at most 100: 90 or more is excellent, 70 good, "
-        f"50 fair, less is poor. Brackets are {100 * report.confidence:g} % intervals, paired over the same questions; "
-        "a domain of which little was known before has a wide one. Lost: right before and wrong after; gained: the "
-        "other way round. The conclusion rests on the change, its p adjusted over the domains."
-    )
+    return say("retention.explained", percent=wording.percent(f"{100 * report.confidence:g}"))
+
+
+def changed(report: Retention) -> list[tuple[str, str, list[Flip]]]:
+    """The questions that changed: outcome, title, questions; lost ones first."""
+    found = []
+    for outcome, key in (("lost", "retention.lost_questions"), ("gained", "retention.gained_questions")):
+        if mine := [flip for flip in report.flips if flip.outcome == outcome]:
+            found.append((outcome, say(key, n=len(mine)), mine))
+    return found
 
 
 def write(report: Retention, path: Path) -> None:
@@ -181,7 +209,7 @@ def write(report: Retention, path: Path) -> None:
         from retain.report import page  # draws in matplotlib's colours; the terminal does without
 
         shown = {"rows": [(cells(kept), tone(kept)) for kept in lines(report)], "explained": explained(report)}
-        text = page.template("retention.html.j2").render(report=report, head=HEAD, **shown)
+        text = page.template("retention.html.j2").render(report=report, head=head(), changed=changed(report), **shown)
     try:
         write_text(path, text)
     except OSError as error:
@@ -196,17 +224,12 @@ def check_ending(path: Path) -> None:
 
 def _markdown(report: Retention) -> str:
     parts = [
-        f"# Knowledge retention: {markdown.cell(report.base)} → {markdown.cell(report.tuned)}",
-        markdown.table(HEAD, [cells(kept) for kept in lines(report)]),
+        f"# {say('retention.title')}{say('list.colon')}{markdown.cell(report.base)} → {markdown.cell(report.tuned)}",
+        markdown.table(head(), [cells(kept) for kept in lines(report)]),
         explained(report),
     ]
-    for outcome in ("lost", "gained"):
-        mine = [flip for flip in report.flips if flip.outcome == outcome]
-        if mine:
-            head = ("domain", "question", "right answer", "before", "after")
-            rows = [(flip.domain, flip.question, flip.reference, flip.before, flip.after) for flip in mine]
-            parts += [
-                f"## {outcome.capitalize()}: {len(mine)} question{'' if len(mine) == 1 else 's'}",
-                markdown.table(head, rows),
-            ]
+    words = [say(f"retention.{word}") for word in ("domain", "question", "right_answer", "before", "after")]
+    for _, title, mine in changed(report):
+        rows = [(flip.domain, flip.question, flip.reference, flip.before, flip.after) for flip in mine]
+        parts += [f"## {title}", markdown.table(words, rows)]
     return "\n\n".join(parts) + "\n"

@@ -9,7 +9,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from retain.report import top, wording
+from retain.report import language, top, wording
+from retain.report.language import say
 from retain.report.wording import CONCLUSION_TONE, Tone
 from retain.results import Results
 
@@ -24,7 +25,8 @@ def _plain(text: str, limit: int = 160) -> Text:
 def summary(results: Results) -> RenderableType:
     """The verdict, the three numbers and one line per probe of a run."""
     words, tone = wording.headline(results)
-    text = Text(words + ". ", style=f"bold {STYLES[tone]}")
+    end = say("sentence.end")
+    text = Text(words + end + (" " if end == "." else ""), style=f"bold {STYLES[tone]}")
     text.append(top.sentence(results), style="not bold default")
     parts: list[RenderableType] = [Panel(text, title=_plain(results.name, 60), border_style=STYLES[tone])]
     numbers = Table.grid(padding=(0, 2))
@@ -39,11 +41,11 @@ def summary(results: Results) -> RenderableType:
 
 def _probes(results: Results) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("probe", overflow="fold")
+    table.add_column(say("terminal.probe"), overflow="fold")
     measured_once = not results.changes
-    for head in ("score",) if measured_once else ("before", "after", "change"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("items" if measured_once else "lost/gained", justify="right", no_wrap=True)
+    heads = ("terminal.before", "terminal.after", "terminal.change", "terminal.lost_gained")
+    for head in ("terminal.score", "terminal.items") if measured_once else heads:
+        table.add_column(say(head), justify="right", no_wrap=True)
     if measured_once:
         scores = results.scores.get(results.stages[0], {}) if results.stages else {}
         for info in results.probes:
@@ -51,7 +53,7 @@ def _probes(results: Results) -> Table:
                 value = f"{wording.score(info, found.value)} {wording.score_interval(info, found)}"
                 table.add_row(_plain(info.name), value, str(info.items))
         return table
-    table.add_column("conclusion", no_wrap=True)
+    table.add_column(say("terminal.conclusion"), no_wrap=True)
     for role in ("task", "reference"):
         for info, change in wording.changes_of(results, role):
             table.add_row(
@@ -61,7 +63,7 @@ def _probes(results: Results) -> Table:
                 f"{wording.difference(info, change.difference.value)} {wording.unit(info)} "
                 f"{wording.difference_interval(info, change.difference)}",
                 f"{change.lost}/{change.gained}",
-                Text(change.conclusion, style=STYLES[CONCLUSION_TONE[change.conclusion]]),
+                Text(language.name("conclusion", change.conclusion), STYLES[CONCLUSION_TONE[change.conclusion]]),
             )
         table.add_section()
     return table
@@ -88,7 +90,7 @@ def compare(results_a: Results, results_b: Results, *more: Results) -> Table:
         ]
         table.add_row(Text(numbers[0].label), *cells)
     verdicts = [wording.headline(results) for results in runs]
-    table.add_row(Text("Verdict"), *(Text(words, style=STYLES[tone]) for words, tone in verdicts))
+    table.add_row(Text(say("terminal.verdict")), *(Text(words, style=STYLES[tone]) for words, tone in verdicts))
     return table
 
 
@@ -99,7 +101,7 @@ def standings(runs: Sequence[tuple[str, Results, Sequence[wording.BigNumber]]]) 
         runs: label, results, and numbers of the same kinds for all.
     """
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 1, 0))
-    table.add_column("run", overflow="fold", ratio=1)
+    table.add_column(say("terminal.run"), overflow="fold", ratio=1)
     for big in runs[0][2]:
         table.add_column(_plain(big.label.lower(), 40), overflow="fold")
     for label, results, numbers in runs:

@@ -81,7 +81,8 @@ def unit(info: ProbeInfo) -> str:
     if is_share(info):
         return say("unit.points")
     if info.kind == "perplexity" or info.is_perplexity:
-        return say("unit.nats")
+        key = {"word_perplexity": "unit.nats_word", "byte_perplexity": "unit.nats_byte"}.get(info.metric, "unit.nats")
+        return say(key)
     return language.name("metric", info.metric)
 
 

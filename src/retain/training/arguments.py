@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from retain.errors import ConfigError
+from retain.errors import ConfigError, unknown
 
 #: Where a configuration says nothing. A short warm-up because Adam's first steps have no history.
 DEFAULTS: dict[str, Any] = {
@@ -33,6 +33,12 @@ METHODS_OWN = (
     "max_completion_length",
     "temperature",
 )
+#: Trackers of transformers that are called otherwise than their module and their package.
+PACKAGES = {
+    "azure_ml": ("azureml", "azureml-sdk"),
+    "comet_ml": ("comet", "comet-ml"),
+    "flyte": ("flytekit", "flytekit"),
+}
 #: Full fine-tuning moves every weight: a tenth of the rate of weights that were added.
 FULL_LEARNING_RATE = 2e-5
 
@@ -47,7 +53,7 @@ def complete(given: dict[str, Any], lora: bool, on_policy: str = "") -> dict[str
         lora: what learns was added to the model (by LoRA, or by another method that adds weights).
 
     Raises:
-        ConfigError: an unknown or reserved key.
+        ConfigError: an unknown or reserved key, or a tracker that is not there.
     """
     import torch
 
@@ -58,6 +64,7 @@ def complete(given: dict[str, Any], lora: bool, on_policy: str = "") -> dict[str
         check_on_policy(train, on_policy)
     else:
         check(train)
+    check_trackers(train["report_to"])
     if not torch.accelerator.is_available():
         train.setdefault("use_cpu", True)  # bfloat16 on a CPU has to be asked for in this way
         # TRL's default trades a third more computing for memory, which a small model on a CPU does not lack
@@ -76,6 +83,28 @@ def check(train: dict[str, Any]) -> None:
     from trl import SFTConfig
 
     _known(train, {f.name for f in dataclasses.fields(SFTConfig)}, "trl.SFTConfig")
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Every tracker must be one that transformers knows, and installed: it is first used when training begins.
+
+    Raises:
+        ConfigError: another name, or a package that is not there.
+    """
+    from transformers.integrations import integration_utils as trackers
+
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name in ("none", "all"):
+            continue
+        if name not in trackers.INTEGRATION_TO_CALLBACK:
+            raise ConfigError(unknown("train.report_to", str(name), [*trackers.INTEGRATION_TO_CALLBACK, "none"]))
+        module, package = PACKAGES.get(name, (name, name))
+        if not getattr(trackers, f"is_{module}_available")():
+            there = ", ".join(trackers.get_available_reporting_integrations()) or "none"
+            raise ConfigError(
+                f"train.report_to: '{name}' is not installed. Run `pip install {package}`, or name one that is there: "
+                f"{there}."
+            )
 
 
 def check_on_policy(train: dict[str, Any], method: str) -> None:
