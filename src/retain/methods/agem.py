@@ -28,7 +28,7 @@ from retain.data.buffer import Buffer
 from retain.data.replay_sources import joined, shared_folder
 from retain.errors import ConfigError
 from retain.functional.projection import without_conflict
-from retain.methods.base import Method, Strength
+from retain.methods.base import Method, Strength, Turn
 from retain.methods.context import Run, answer_loss
 from retain.models import params, passes
 
@@ -39,6 +39,7 @@ class AGEM(Method):
     family = "gradients"
     paper = "arXiv:1812.00420, eq. 11"
     edits_gradients = True
+    turn = Turn.BEND
 
     class Config(Strength):
         strength: float = Field(1.0, ge=0, le=1)

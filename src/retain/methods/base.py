@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -40,6 +41,18 @@ class Strength(MethodConfig):
         return value
 
 
+class Turn(IntEnum):
+    """Who edits the gradients, and then the step, before whom."""
+
+    CLOSE = 0  # parameters that do not learn now: nobody needs to work on them
+    REPLACE = 1  # the loss's own gradient by another one of the same rows
+    ADD = 2  # a term
+    BEND = 3  # the sum, where it conflicts with something
+    SELECT = 4  # entries by what the optimizer would do
+    PROJECT = 5  # off directions: what came before must not lead back into them
+    HOLD = 6  # weights, bit for bit: last, as nothing may move them any more
+
+
 class Method:
     """One idea against forgetting. The file is named as the method is in the configuration."""
 
@@ -50,7 +63,10 @@ class Method:
     edits_gradients: ClassVar[bool] = False  # touches gradients or weights itself: refused under DeepSpeed
     swaps_weights: ClassVar[bool] = False  # runs the model with other weights in place: refused on shards
     adds_parameters: ClassVar[bool] = False  # prepares the model before methods that choose among parameters
-    adds_on_top: ClassVar[bool] = False  # of those, the ones to come after what wraps the model, which freezes the rest
+    adds_on_top: ClassVar[int] = (
+        0  # of those, 1 rebuilds the adapter, 2 comes after what wraps the model and freezes it
+    )
+    turn: ClassVar[Turn] = Turn.ADD  # when it edits the gradients of a step, wherever it is listed
     restrains_steps: ClassVar[bool] = False  # its `on_step_end` takes back a part of the step: after those that add one
     finishes_last: ClassVar[bool] = False  # its `finish_model` moves what others leave
     repeats_batches: bool = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
@@ -295,13 +311,13 @@ class Stack(Method):
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         for method in self.methods:
             method.see_gradients(model, run)
-        for method in self.methods:
+        for method in sorted(self.methods, key=lambda m: m.turn):
             method.edit_gradients(model, run)
-            if type(method).edit_gradients is not Method.edit_gradients:
+            if type(method).edit_gradients is not Method.edit_gradients and method.turn is not Turn.CLOSE:
                 run.plain_gradient = False
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
-        for method in sorted(self.methods, key=lambda m: m.restrains_steps):
+        for method in sorted(self.methods, key=lambda m: (m.restrains_steps, m.turn)):
             method.on_step_end(model, run)
         for method in self.methods:
             method.see_step(model, run)

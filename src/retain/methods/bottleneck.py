@@ -35,7 +35,7 @@ class Bottleneck(Method):
     family = "isolation"
     paper = "arXiv:1902.00751"
     adds_parameters = True
-    adds_on_top = True
+    adds_on_top = 2
     conflicts = {
         "blocks": "both bring weights of their own and hold the rest",
         **{

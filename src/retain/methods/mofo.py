@@ -23,7 +23,7 @@ from pydantic import Field
 
 from retain.errors import ConfigError
 from retain.functional.projection import dot, keep_top_share
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run
 from retain.models import params
 
@@ -34,6 +34,7 @@ class MoFO(Method):
     family = "gradients"
     paper = "arXiv:2407.20999"
     edits_gradients = True
+    turn = Turn.SELECT
     restrains_steps = True
     off = {"share": 1.0}
 

@@ -32,7 +32,7 @@ from pydantic import Field
 
 from retain.errors import ConfigError
 from retain.functional import projection
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run
 from retain.models import adapters, machine, params, passes
 from retain.models.row_scores import right_logits
@@ -49,6 +49,7 @@ class OGD(Method):
         **dict.fromkeys(("blocks", "bottleneck", "hft"), "with it other weights learn in each task"),
     }
     edits_gradients = True
+    turn = Turn.PROJECT
     restrains_steps = True
     off = {"directions": 0}
 

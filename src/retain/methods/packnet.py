@@ -32,7 +32,7 @@ from pydantic import Field
 
 from retain.errors import ConfigError
 from retain.functional.ownership import MOST_TASKS, largest_changes
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run, withhold
 from retain.models import ownership, params
 
@@ -52,6 +52,7 @@ class PackNet(Method):
         ),
     }
     edits_gradients = True
+    turn = Turn.HOLD
     restrains_steps = True
     off = {"keep": 0.0}
 

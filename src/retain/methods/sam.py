@@ -21,7 +21,7 @@ from pydantic import Field
 
 from retain.errors import ConfigError
 from retain.functional.projection import dot
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run, answer_loss, repeated
 from retain.models import params, passes
 
@@ -32,6 +32,7 @@ class SAM(Method):
     family = "gradients"
     paper = "arXiv:2010.01412, eq. 2"
     edits_gradients = True
+    turn = Turn.REPLACE
     repeats_batches = True
     off = {"radius": 0.0}
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 
 from retain.errors import ConfigError
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run
 from retain.methods.lora import LoRA, check_factors, check_merged, with_adapter
 from retain.models import adapters, params
@@ -38,7 +38,9 @@ class SharedLoRA(Method):
     family = "isolation"
     paper = "arXiv:2106.09685, eq. 3"
     adds_parameters = True
+    adds_on_top = 1
     edits_gradients = True
+    turn = Turn.HOLD
     restrains_steps = True
     conflicts = {
         "olora": "olora keeps tasks out of each other's directions, shared_lora learns those that they share",

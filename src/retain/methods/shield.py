@@ -24,7 +24,7 @@ from pydantic import Field
 
 from retain.errors import ConfigError
 from retain.functional.projection import column_scores, top_share
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run, withhold
 from retain.models import params, passes
 from retain.models.params import Tensors
@@ -37,6 +37,7 @@ class Shield(Method):
     paper = "arXiv:2512.04844"
     conflicts = {"slao": "shield needs adapters that begin at zero; those of slao do not"}
     edits_gradients = True
+    turn = Turn.HOLD
     restrains_steps = True
     off = {"share": 0.0}
 

@@ -28,7 +28,7 @@ import torch
 
 from retain.errors import ConfigError
 from retain.functional.single_adapter import merge, merging_weight, orthonormal_rows
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run
 from retain.methods.lora import check_factors, check_merged, with_adapter
 from retain.models import adapters, params
@@ -41,6 +41,7 @@ class SLAO(Method):
     paper = "arXiv:2512.23017"
     adds_parameters = True
     edits_gradients = True
+    turn = Turn.HOLD
     restrains_steps = True
     conflicts = {
         "olora": "slao begins a task in the directions of the one before, which olora keeps it out of",

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from retain.errors import ConfigError
 from retain.functional import projection
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run
 from retain.models import params, passes
 from retain.models.params import Tensors
@@ -49,6 +49,7 @@ class Subspace(Method):
         "packnet": "subspace holds directions and packnet single weights: no step obeys both",
     }
     edits_gradients = True
+    turn = Turn.PROJECT
     restrains_steps = True
     off = {"share": 0.0, "energy": 0.0}
 

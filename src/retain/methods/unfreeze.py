@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from retain.errors import ConfigError
-from retain.methods.base import Method, MethodConfig
+from retain.methods.base import Method, MethodConfig, Turn
 from retain.methods.context import Run
 from retain.models import params
 
@@ -58,6 +58,7 @@ class Unfreeze(Method):
     family = "isolation"
     paper = "arXiv:1801.06146"
     edits_gradients = True
+    turn = Turn.CLOSE
     restrains_steps = True
     off = {"groups": 1, "decay": 1.0, "stages": []}
 
