@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from routing_page import page
 from routing_questions import NEAR, Questions, near_prompts, read, stripped
+from side_by_side import Company, Settings
 from sklearn.metrics import roc_auc_score
 from speed import about
-from side_by_side import Settings
 
 from retain.experts.choice import Choice
 from retain.experts.routing.base import Router
+from retain.experts.routing.combined import Combined
 from retain.experts.routing.gate import Gate
 from retain.experts.routing.keyword import Keyword
 from retain.experts.routing.opening import DEPTH
@@ -37,7 +37,7 @@ from retain.functional.statistics import mean_interval
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "routing.json"
 TOKENS = 32  # of the answer that a choice is compared with
-DEPTHS = (1 / 15, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
+DEPTHS = (1 / 15, 1 / 4, 1 / 2, 1.0)
 
 
 class Store:
@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = carry_out(given, lambda line: print(line, file=sys.stderr, flush=True))
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    from routing_page import page
+
     text = page(json.loads(given.out.read_text(encoding="utf-8")))
     given.page.write_text(text, encoding="utf-8")
     print(text)
@@ -147,6 +149,7 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         "keyword": Keyword,
         "prototype": lambda: Prototype(store.reader(DEPTH)),
         "gate": lambda: Gate(store.reader(DEPTH)),
+        "combined": lambda: Combined(store.reader(DEPTH)),
     }
     found: dict[str, Any] = {}
     for name, make in kinds.items():
@@ -159,20 +162,22 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         say(f"{name}: {found[name]['given']['all']}")
     depths = {}
     for depth in sorted(given.depths):
-        router = Gate(store.reader(depth)).fit(plain.fit, plain.nobody)
+        router = Combined(store.reader(depth)).fit(plain.fit, plain.nobody)
         depths[store.readers[depth].layers] = measure(router, plain, near)
     mixed = [texts[i] for i in range(given.timed) for texts in [*plain.held.values(), plain.core]][: given.timed]
     live: dict[str, Router] = {"keyword": Keyword().fit(plain.fit, plain.nobody)}
-    for name, kind in (("prototype", Prototype), ("gate", Gate)):
+    for name, kind in (("prototype", Prototype), ("gate", Gate), ("combined", Combined)):
         live[name] = kind(store.reader(DEPTH)).fit(plain.fit, plain.nobody)
         live[name].reader = store.readers[DEPTH]  # type: ignore[attr-defined]
+    with Company() as company:
+        seconds = timed(live, model, tokenizer, mixed)
     return {
         "about": about(Settings(model=given.model)),
         "sizes": {"fit": given.fit, "held": given.held, "nobody": len(plain.nobody), "layers": store.readers[DEPTH].layers,
                   "near": list(NEAR), "timed": given.timed, "tokens": TOKENS},
         "routers": found,
         "depths": depths,
-        "seconds": timed(live, model, tokenizer, mixed),
+        "seconds": seconds | {"others": company.share},
     }  # fmt: skip
 
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from routing_kit import EXAMPLES, NEW
 from scipy.spatial.distance import cosine
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from tiny import tiny_model, tiny_tokenizer
 
+from retain.experts.routing.combined import Combined
 from retain.experts.routing.everyday import EVERYDAY
-from retain.experts.routing.gate import Gate
+from retain.experts.routing.gate import STRENGTH, Gate
+from retain.experts.routing.keyword import Keyword
 from retain.experts.routing.likelihood import Likelihood, pool_scorer
 from retain.experts.routing.linear import fit_linear
 from retain.experts.routing.prototype import Prototype
@@ -139,7 +141,7 @@ def test_the_model_is_read_under_the_lock(tokenizer):
     assert held == ["in", "out"]
 
 
-@pytest.mark.parametrize("kind", [Prototype, Gate])
+@pytest.mark.parametrize("kind", [Prototype, Gate, Combined])
 def test_new_questions_find_their_expert(reader, kind, tmp_path):
     router = kind(reader, depth=0.5).fit(EXAMPLES, OTHERS)
     prompts = [prompt for texts in NEW.values() for prompt in texts]
@@ -148,7 +150,7 @@ def test_new_questions_find_their_expert(reader, kind, tmp_path):
     assert sum(choice.expert == name for choice, name in zip(choices, names)) >= 8
     for choice in choices:
         if choice.expert:
-            quoted = choice.why.split("“")[1].split("”")[0].rstrip("…")
+            quoted = choice.why.rsplit("question “")[1].split("”")[0].rstrip("…")
             assert any(text.startswith(quoted) for text in EXAMPLES[choice.expert])
     router.save(tmp_path)
     again = kind(reader).load(tmp_path)
@@ -157,19 +159,22 @@ def test_new_questions_find_their_expert(reader, kind, tmp_path):
         assert asdict(a) | {"seconds": 0} == asdict(b) | {"seconds": 0}
 
 
-def test_prototype_scores_are_cosines_to_centred_means(reader):
+def test_prototype_scores_are_cosines_to_mean_directions(reader):
     router = Prototype(reader).fit(EXAMPLES, OTHERS)
-    groups = [reader(texts).astype(float) for texts in [*EXAMPLES.values(), OTHERS]]
-    middle = np.mean([rows.mean(0) for rows in groups], axis=0)
-    new = reader(NEW["poems"]).astype(float)
-    expected = [[1 - cosine(row - middle, rows.mean(0) - middle) for rows in groups[:-1]] for row in new]
+    rows, new = reader(router.examples).astype(float), reader(NEW["poems"]).astype(float)
+    middle, spread = rows.mean(0), rows.std(0)
+    z = [row / np.linalg.norm(row) for row in (rows - middle) / spread]
+    means = [np.mean([z[i] for i in np.flatnonzero(router.labels == k)], axis=0) for k in range(3)]
+    expected = [[1 - cosine((row - middle) / spread, mean) for mean in means] for row in new]
     found = router.score(router.learned, reader(NEW["poems"]))
     assert found[:, :-1] == pytest.approx(np.array(expected), abs=1e-3)
-    assert (found[:, -1] == 0).all()
+    groups = router.learned["nobody"]
+    nearest = [max(1 - cosine((row - middle) / spread, mean) for mean in groups) for row in new]
+    assert found[:, -1] == pytest.approx(np.array(nearest), abs=1e-3)
 
 
 def test_a_question_of_the_examples_is_nearest_to_itself(reader):
-    for kind in (Prototype, Gate):
+    for kind in (Prototype, Gate, Combined):
         router = kind(reader).fit(EXAMPLES, OTHERS)
         (choice,) = router.route([EXAMPLES["sums"][4]])
         assert f"“{EXAMPLES['sums'][4]}”" in choice.why
@@ -181,9 +186,19 @@ def test_the_gate_is_the_logistic_regression(reader):
     router = Gate(reader).fit(EXAMPLES, OTHERS)
     rows = reader(router.examples)
     features = (rows - rows.mean(0)) / rows.std(0)
-    model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(features, router.labels)
+    model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=2000).fit(features, router.labels)
     found = softmax(router.score(router.learned, rows), axis=1)
     assert found == pytest.approx(model.predict_proba(features), abs=1e-3)
+
+
+def test_combined_adds_the_log_probabilities_of_both(reader):
+    combined = Combined(reader).fit(EXAMPLES, OTHERS, about={"poems": ["verses"]})
+    words = Keyword().fit(EXAMPLES, OTHERS, about={"poems": ["verses"]})
+    gate = Gate(reader).fit(EXAMPLES, OTHERS)
+    prompts = [*NEW["sums"], "verses of the bus"]
+    expected = log_softmax(words.score(words.learned, words.read(prompts)), axis=1)
+    expected = expected + log_softmax(gate.score(gate.learned, gate.read(prompts)), axis=1)
+    assert combined.score(combined.learned, combined.read(prompts)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_two_labels_give_two_columns():
@@ -206,7 +221,7 @@ def test_the_gate_says_what_the_runner_up_is(reader):
         assert odds[2] != choice.expert
 
 
-@pytest.mark.parametrize("kind", [Prototype, Gate])
+@pytest.mark.parametrize("kind", [Prototype, Gate, Combined])
 def test_edges(reader, kind):
     few = kind(reader).fit({name: texts[:3] for name, texts in EXAMPLES.items()}, OTHERS)
     alone = kind(reader).fit({"sums": EXAMPLES["sums"]}, OTHERS)

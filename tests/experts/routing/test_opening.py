@@ -71,6 +71,7 @@ def test_it_is_fitted_once(library, pool, fits, name):
         (lambda lib: lib.describe("sums", examples=EXAMPLES["sums"][:5]), "keyword", True),
         (lambda lib: lib.describe("sums", keywords=["digits"]), "keyword", True),
         (lambda lib: lib.describe("sums", keywords=["digits"]), "gate", False),
+        (lambda lib: lib.describe("sums", keywords=["digits"]), "combined", True),
         (lambda lib: lib.describe("sums", language="en"), "keyword", False),
         (lambda lib: lib.rename("sums", "numbers"), "gate", True),
         (lambda lib: lib.remove("sums"), "prototype", True),

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from retain.experts.pool import AdapterPool
 
 #: Measured in docs/routing.md.
-DEFAULT = "gate"
-ROUTERS = ("keyword", "prototype", "likelihood", "gate")
+DEFAULT = "combined"
+ROUTERS = ("combined", "keyword", "gate", "prototype", "likelihood")
 FOLDER = ".routers"
-#: Shares of the base's layers that are read; measured in docs/routing.md.
-DEPTH = 0.5
+#: Share of the base's layers that are read; measured in docs/routing.md.
+DEPTH = 0.25
 
 Say = Callable[[str], None]
 
@@ -57,7 +57,7 @@ def open_router(
     Args:
         library: experts with questions on their cards.
         pool, tokenizer: the base model; `keyword` needs neither.
-        name: `keyword`, `prototype`, `likelihood` or `gate`.
+        name: one of `ROUTERS`.
         others: questions for nobody; by default those of the core suite and everyday ones in English and Chinese.
         embedding: sentence-transformers model for `prototype`, in place of the base's hidden states.
         progress: called with the number of questions just read, when it is fitted (`questions` says how many).
@@ -72,12 +72,12 @@ def open_router(
     for left in cards.keys() - known.keys():
         say(
             f"{left}: fewer than {FEWEST} questions on its card, so it is never chosen by itself. Add some: "
-            f"`retain experts add {left} … --examples FILE`."
+            f"`retain experts add {left} … --examples-from FILE`."
         )
     if not known:
         raise DataError(
             f"{library.folder}: no expert with {FEWEST} or more questions on its card, so there is nothing to route by. "
-            "Give them when an expert is added (`--examples FILE`)."
+            "Give them when an expert is added (`--examples-from FILE`)."
         )
     nobody = default_others() if others is None else list(others)
     router.fingerprint = fingerprint(router, known, nobody)
@@ -123,6 +123,10 @@ def make(name: str, pool: AdapterPool | None, tokenizer: Any, embedding: str | N
 
     reader = StateReader(pool.model, tokenizer, DEPTH, pool.lock)
     settings: dict[str, Any] = {"depth": DEPTH, "layers": reader.layers}
+    if name == "combined":
+        from retain.experts.routing.combined import Combined
+
+        return Combined(reader, **settings)
     if name == "gate":
         from retain.experts.routing.gate import Gate
 
@@ -152,9 +156,9 @@ def fingerprint(router: Router, cards: Any, others: Sequence[str]) -> str:
         yield VERSION, router.name, router.settings, list(others)
         for name, card in sorted(cards.items()):
             yield name, card.examples
-            if router.name == "keyword":
+            if router.name in ("keyword", "combined"):
                 yield card.description, card.keywords
-            else:
+            if router.needs_model:
                 yield card.base, card.base_digest
             if router.name == "likelihood":
                 yield card.digest

@@ -1,9 +1,9 @@
-"""Router by likeness: the mean state of every expert's example questions, and the cosine to it.
+"""Router by likeness: the mean direction of every expert's example questions, and the cosine to it.
 
-    score_k = cos(x − m, p_k − m),  p_k = mean of the expert's questions,  m = mean of the p_k and of nobody's questions
+    z = (x − m) / s per dimension,   score_k = cos(z, p_k),   p_k = mean of z / |z| over the expert's questions
 
-Hidden states of a language model share a large common part; without m all cosines would be near 1 (Ethayarajh 2019,
-arXiv:1909.00512). Nobody's questions have little in common, so they get no mean of their own but a constant score.
+with m and s over all questions: without them a few large dimensions that all texts share would decide (Ethayarajh 2019,
+arXiv:1909.00512). Nobody's questions have little in common, so they get several means, by k-means, and the likest counts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from retain.experts.routing.base import Labels, Learned, Progress, Router
 
+#: Means of the questions for nobody.
+GROUPS = 4
+
 Reader = Callable[..., NDArray[np.float32]]
 
 
 class Prototype(Router):
-    """Cosine to the mean state of an expert's questions.
+    """Cosine to the mean direction of the states of an expert's questions.
 
     Args:
         reader: texts → vectors [n, H]: `states.StateReader`, or `embedding_reader` of a sentence-transformers model.
@@ -37,21 +40,30 @@ class Prototype(Router):
         return self.reader(prompts, progress)
 
     def learn(self, rows: NDArray[np.float32], labels: Labels) -> Learned:
-        means = np.stack([rows[labels == k].mean(0) for k in range(labels.max() + 1)])
-        middle = means.mean(0)
-        return {
-            "middle": middle,
-            "prototypes": unit(means[:-1] - middle),
-            "vectors": unit(rows - middle).astype(np.float16),  # of the examples, to find the nearest
+        from sklearn.cluster import KMeans
+
+        learned: Learned = {"middle": rows.mean(0), "spread": np.maximum(rows.std(0), 1e-6)}
+        z = _standard(learned, rows)
+        nobody = z[labels == labels.max()]
+        means = KMeans(min(GROUPS, len(nobody)), n_init=4, random_state=0).fit(nobody).cluster_centers_
+        return learned | {
+            "prototypes": unit(np.stack([z[labels == k].mean(0) for k in range(labels.max())])),
+            "nobody": unit(means).astype(np.float32),
+            "vectors": z.astype(np.float16),  # of the examples, to find the nearest
         }
 
     def score(self, learned: Learned, rows: NDArray[np.float32]) -> NDArray[np.float64]:
-        cosines = unit(rows - learned["middle"]) @ learned["prototypes"].T
-        return np.concatenate([cosines, np.zeros((len(rows), 1))], axis=1).astype(float)
+        z = _standard(learned, rows)
+        nobody = (z @ learned["nobody"].T).max(1, keepdims=True)
+        return np.concatenate([z @ learned["prototypes"].T, nobody], axis=1).astype(float)
 
     def explain(self, prompt: str, row: NDArray[np.float32], scores: NDArray[np.float64], expert: int) -> str:
-        likeness = self.learned["vectors"].astype(np.float32) @ unit(row - self.learned["middle"])
-        return f"most like its question {self.nearest(likeness, expert)} (likeness {scores[expert]:.2f} of 1)"
+        likeness = self.learned["vectors"].astype(np.float32) @ _standard(self.learned, row)
+        return f"its nearest question is {self.nearest(likeness, expert)}; likeness to its mean {scores[expert]:.2f} of 1"
+
+
+def _standard(learned: Learned, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    return unit((rows - learned["middle"]) / learned["spread"])
 
 
 def unit(rows: NDArray[Any]) -> NDArray[Any]:
