@@ -81,7 +81,11 @@ class Recipe:
         """
         if self.method in ("linear", "slerp"):
             shares = [weight / sum(self.weights) for weight in self.weights]
-            return shares if products is None or self.method == "linear" else [*task_vectors.spherical(products, shares[1])]
+            return (
+                shares
+                if products is None or self.method == "linear"
+                else [*task_vectors.spherical(products, shares[1])]
+            )
         if self.method == "stock" and products is not None:
             return [task_vectors.stock(products) / len(self.weights)] * len(self.weights)
         if self.method == "interpolate":

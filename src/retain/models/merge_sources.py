@@ -177,7 +177,7 @@ class Model:
         """Tensor name → what the adapters add to it."""
         found: dict[str, list[Factors]] = {}
         for folder in self.adapters:
-            for name, factors in read_adapter(folder).items():
+            for name, factors in read_adapter(folder, self.checkpoint).items():
                 shape = self.checkpoint.shape(name) if name in self.checkpoint.files else factors.shape
                 if factors.shape != shape == factors.shape[::-1]:  # PEFT writes this setting once for all layers
                     factors = replace(factors, flipped=not factors.flipped)
@@ -264,7 +264,7 @@ def _of_run(name: str) -> Model:
     return Model(name, base.checkpoint, (*base.adapters, *adapters))
 
 
-def read_adapter(folder: Path) -> dict[str, Factors]:
+def read_adapter(folder: Path, base: Checkpoint) -> dict[str, Factors]:
     """The products of a LoRA adapter, by the name of the base's tensor that they change.
 
     Raises:
@@ -289,6 +289,10 @@ def read_adapter(folder: Path) -> dict[str, Factors]:
     found: dict[str, Factors] = {}
     for key, a in tensors.items():
         module, kind, rest = _parts(key)
+        if key.endswith(".base_layer.weight"):  # PEFT keeps embeddings beside their factors, in case they were resized
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if name in base.files and a.dtype == base.dtype(name) and torch.equal(a, base.read(name)):
+                continue
         partner = f"{module}{'.lora_embedding_B' if 'embedding' in kind else '.lora_B'}{rest}"
         if kind in (".lora_B", ".lora_embedding_B") and key.replace("_B", "_A") in tensors and a.ndim == 2:
             continue
