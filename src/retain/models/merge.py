@@ -13,7 +13,8 @@ from retain.models.load import adapter_base
 from retain.models.merge_adapters import Kept, merge_adapters
 from retain.models.merge_checkpoints import Progress, merge_checkpoints, require_alike
 from retain.models.merge_recipe import ON_BASE, recipe
-from retain.models.merge_sources import Checkpoint, Model, open_model
+from retain.models.merge_sources import Model, open_model
+from retain.models.shards import Checkpoint
 
 #: (what is counted, how much of it) → context of a progress bar.
 Watched = Callable[[str, int], AbstractContextManager[Progress]]

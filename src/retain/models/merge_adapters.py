@@ -21,7 +21,8 @@ from retain.errors import ConfigError, ModelError
 from retain.models.load import adapter_base, resolve
 from retain.models.merge_checkpoints import PIECE, Progress, whole_folder
 from retain.models.merge_recipe import Pieces, Recipe
-from retain.models.merge_sources import Checkpoint, Factors, Model
+from retain.models.merge_sources import Factors, Model
+from retain.models.shards import Checkpoint
 
 #: Up to this smaller side a matrix is decomposed exactly, beyond it by a randomised method.
 _EXACT = 1024

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from retain.errors import ModelError
 from retain.models.merge_recipe import Pieces, Recipe
-from retain.models.merge_sources import Checkpoint, Model
+from retain.models.merge_sources import Model
+from retain.models.shards import Checkpoint
 from retain.models.vocabulary import require_same
 
 Progress = Callable[[int], None]
 #: Entries of a tensor that are worked on at once.
-PIECE = 1 << 20
+PIECE = 1 << 18
 #: What a forward pass depends on beside the weights, as far as the shapes do not show it.
 _COMPUTED_WITH = (
     *("model_type", "hidden_act", "activation_function", "num_attention_heads", "num_key_value_heads", "n_head"),
@@ -158,7 +159,7 @@ def merge_checkpoints(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_size,
     )
-    with whole_folder(to, sum(sizes.values()), record) as folder:
+    with whole_folder(to, sum(sizes.values()), record) as folder, _one_thread():
         _copy_settings(first.checkpoint, like, folder)
         for file, names in split.filename_to_tensors.items():
             _write_shard(recipe, models, base, like, names, folder / file)
@@ -168,6 +169,17 @@ def merge_checkpoints(
             text = json.dumps(index, indent=2) + "\n"
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return sum(sizes.values())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small pieces are bound by memory: more threads gain little, and on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_shard(

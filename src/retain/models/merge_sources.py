@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from retain.errors import ModelError, RunError
 from retain.models import hub
 from retain.models.load import adapter_base, resolve
+from retain.models.shards import Checkpoint
 from retain.rundir import RunDirectory, stage_name
 
 #: Initialisations that leave the base as it is; others move a part of it into the adapter.
@@ -24,18 +24,6 @@ _NOT_PLAIN = (
     *("use_dora", "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "arrow_config"),
     *("kasa_config", "monteclora_config", "velora_config"),
 )
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -66,96 +54,6 @@ class Factors:
         """Rows of scaling · BA, in the orientation of the base's tensor."""
         left, right = (self.a.T, self.b.T) if self.flipped else (self.b, self.a)
         return (left[span].to(kind) @ right.to(kind)).mul_(self.scaling)
-
-
-@dataclass
-class Checkpoint:
-    """The tensors of a model's folder, read piece by piece.
-
-    Raises:
-        ModelError: no safetensors, a file that is missing or damaged, or weights that are quantised.
-    """
-
-    folder: Path
-    _open: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        if "quantization_config" in self.settings:
-            raise ModelError(
-                f"{self.folder}: its weights are quantised, and merging rounds them once more. "
-                "Give the model in bfloat16 or float32."
-            )
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """config.json."""
-        return read_json(self.folder / "config.json")
-
-    @cached_property
-    def files(self) -> dict[str, str]:
-        """Tensor name → file name, in the order of the files."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            found = read_json(index).get("weight_map")
-            if not isinstance(found, dict) or not found:
-                raise ModelError(f"{index}: has no weight_map. Copy the model again.")
-            return found
-        if not (self.folder / "model.safetensors").is_file():
-            raise ModelError(
-                f"{self.folder}: has no model.safetensors and no index of several. "
-                "Open the model with transformers and write it with save_pretrained."
-            )
-        return dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-
-    @cached_property
-    def stored(self) -> list[str]:
-        """Names of the tensors without those that the model takes from another one (tied), should they be there."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        if self.settings.get("tie_word_embeddings") is False:
-            return list(self.files)
-        try:
-            config = AutoConfig.from_pretrained(self.folder)
-            with torch.device("meta"):
-                tied = getattr(AutoModelForCausalLM.from_config(config), "all_tied_weights_keys", None) or {}
-        except (ValueError, OSError, ImportError):  # code of its own: nothing is known but the names
-            tied = {}
-        return [name for name in self.files if tied.get(name) not in self.files]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor.
-
-        Raises:
-            ModelError: one that is not merged, such as float8.
-        """
-        kind = self._slice(name).get_dtype()
-        if kind not in _DTYPES:
-            raise ModelError(f"{self.folder}: '{name}' is {kind}. Merged are {', '.join(_DTYPES)}.")
-        return _DTYPES[kind]
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or rows of it, as a new one in its own dtype."""
-        if rows is None or not self.shape(name):
-            return self._file(self.files[name]).get_tensor(name)
-        return self._slice(name)[rows]
-
-    def _slice(self, name: str) -> Any:
-        try:
-            return self._file(self.files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise ModelError(f"{self.folder / self.files[name]}: has no '{name}', which its index names.") from error
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            try:  # read, not mapped: mapped pages would count as memory for as long as the file is open
-                self._open[name] = safe_open(self.folder / name, "pt", backend="pread").__enter__()
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{self.folder / name}: cannot be read ({error}). Copy the model again.") from error
-        return self._open[name]
 
 
 @dataclass(frozen=True)
@@ -326,18 +224,3 @@ def _parts(key: str) -> tuple[str, str, str]:
         if found and rest in ("", ".weight"):
             return module, kind, rest
     return key, "", ""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ModelError: not there, or not one.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read ({error}). Give a folder with a whole model.") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{file}: is no JSON object. Copy the model again.")
-    return found
