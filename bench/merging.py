@@ -61,7 +61,7 @@ def flushed(folder: Path) -> None:
 
 
 def timed(work: Callable[[], object], to: Path) -> tuple[float, float]:
-    """Seconds of writing a folder, until it is on the disk, and of the processor in them; the folder is removed again."""
+    """Seconds of writing a folder, until it is on the disk, and of the processor in them; it is removed again."""
     shutil.rmtree(to, ignore_errors=True)
     os.sync()
     start, begun = time.perf_counter(), time.process_time()
@@ -141,7 +141,8 @@ def main() -> int:
         f"Two copies of the starter model with noise, {size / 1e6:.0f} MB in {asked.dtype}, {shards} shards of at most "
         f"{SHARD / 1e6:.0f} MB (or one tensor), {asked.pairs} pairs; "
         f"{platform.machine()}, torch {torch.__version__}, {date.today().isoformat()}.\n\n"
-        "| method | seconds | of them computing | against copying | range | peak memory, in shards |\n|---|---|---|---|---|---|\n"
+        "| method | seconds | of them computing | against copying | range | peak memory, in shards |\n"
+        "|---|---|---|---|---|---|\n"
     )
     table = head + "\n".join(lines) + "\n"
     print(f"\n{table}")
