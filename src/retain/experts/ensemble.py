@@ -29,7 +29,7 @@ Weigher = Callable[[str], Weights]
 class Members(Protocol):
     """Models that can be asked for their logits."""
 
-    models: Sequence[Any]
+    models: list[Any]
 
     def require(self, names: Sequence[str | None]) -> None:
         """Refuse a name that is no member's."""
@@ -172,8 +172,8 @@ def by_router(router: Any) -> Weigher:
     """Weights out of a router's scores: the chance that a prompt is an expert's; what is left is the base's."""
 
     def weights(prompt: str) -> Weights:
-        scores: Mapping[str, float] = router.route([prompt])[0].scores
-        return {**scores, None: max(0.0, 1.0 - sum(scores.values()))}
+        scores: dict[str | None, float] = dict(router.route([prompt])[0].scores)
+        return scores | {None: max(0.0, 1.0 - sum(scores.values()))}
 
     return weights
 

@@ -106,7 +106,7 @@ class Checkpoint:
             begin, shape = begin + rows.start * row, (rows.stop - rows.start, *shape[1:])
         found = torch.empty(shape, dtype=kind)
         if found.numel():
-            file.read(begin, memoryview(found.reshape(-1).view(torch.uint8).numpy()))
+            file.read(begin, found.reshape(-1).view(torch.uint8).numpy().data)
         return found
 
     def _entry(self, name: str) -> dict[str, Any]:
