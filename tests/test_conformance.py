@@ -168,7 +168,7 @@ def test_every_pair_composes(names, tmp_path):
 @pytest.mark.every_pair
 @pytest.mark.parametrize("names", PAIRS, ids="+".join)
 def test_the_order_of_a_pair_does_not_matter(names, tmp_path):
-    """Up to what the float32 head rounds when `sam` takes a difference instead of the value, over three steps of Adam."""
+    """Over three steps of Adam, up to what the head rounds in float32."""
 
     def end(listed: Sequence[str], folder: str) -> dict[str, torch.Tensor]:
         model = tiny_model(tiny_tokenizer()).double()

@@ -20,6 +20,7 @@ _HOMES = {
     "RunConfig": "retain.config",
     "load_model": "retain.models.load",
     "Method": "retain.methods.base",
+    "Ensemble": "retain.experts.ensemble",
     "RetainError": "retain.errors",
 }
 

@@ -1,0 +1,1 @@
+"""Experts: many domains on one base model, each an adapter; a router picks the one that answers."""

@@ -94,6 +94,36 @@ def compare(results_a: Results, results_b: Results, *more: Results) -> Table:
     return table
 
 
+def models(results: Sequence[Results]) -> Table:
+    """Models side by side, a column each, a row per probe; the last one's change from the first, paired over items.
+
+    Args:
+        results: of n − 1 models, all set against the same first one.
+    """
+    first, last = results[0], results[-1]
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("probe", overflow="fold")
+    labels = [first.stages[0].partition("-")[2], *(each.name for each in results)]
+    for label in labels:
+        table.add_column(_plain(label, 24), justify="right", overflow="fold")
+    table.add_column(_plain(f"{labels[-1]} − {labels[0]}", 48), justify="right", overflow="fold")
+    for info, change in wording.changes_of(last, "reference"):
+        scores = [
+            first.scores[first.stages[0]][info.name],
+            *(each.scores[each.stages[-1]][info.name] for each in results),
+        ]
+        shown = f"{wording.difference(info, change.difference.value)} {wording.unit(info)}"
+        table.add_row(
+            _plain(info.name),
+            *(wording.score(info, score.value) for score in scores),
+            Text.assemble(
+                (shown, STYLES[CONCLUSION_TONE[change.conclusion]]),
+                f" {wording.difference_interval(info, change.difference)}",
+            ),
+        )
+    return table
+
+
 def standings(runs: Sequence[tuple[str, Results, Sequence[wording.BigNumber]]]) -> Table:
     """Runs one under the other: label with verdict, then their numbers with intervals.
 
