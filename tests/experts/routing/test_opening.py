@@ -149,7 +149,9 @@ def test_the_pool_is_left_as_it_was(library, pool):
 def test_questions_for_nobody_are_the_core_suite_and_everyday_ones():
     from retain.probes.suite import load_probes
 
-    prompts = [item.fields["prompt"] for probe in load_probes("core") for item in probe.items if "prompt" in item.fields]
+    prompts = [
+        item.fields["prompt"] for probe in load_probes("core") for item in probe.items if "prompt" in item.fields
+    ]
     assert opening.core_prompts() == list(dict.fromkeys(prompts))
     assert opening.default_others() == [*opening.core_prompts(), *EVERYDAY]
     assert len(set(EVERYDAY)) == len(EVERYDAY) == 120

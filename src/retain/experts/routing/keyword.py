@@ -46,7 +46,9 @@ class Keyword(Router):
         texts = [*rows, *(line for line, _ in cards)]
         vectorizer = _vectorizer(least=2 if len(texts) >= _MANY else 1)
         features = vectorizer.fit_transform(texts)
-        coefficients, offsets = fit_linear(features, np.concatenate([labels, [k for _, k in cards]]).astype(int), STRENGTH)
+        coefficients, offsets = fit_linear(
+            features, np.concatenate([labels, [k for _, k in cards]]).astype(int), STRENGTH
+        )
         return {
             "vocabulary": vectorizer.get_feature_names_out().tolist(),
             "idf": vectorizer.idf_.astype(np.float32),

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from retain.errors import ConfigError, DataError, RunError, unknown
@@ -35,6 +36,7 @@ FOLDER = ".routers"
 DEPTH = 0.25
 
 Say = Callable[[str], None]
+Watched = Callable[[int], AbstractContextManager[Progress]]
 
 
 def open_router(
@@ -45,7 +47,7 @@ def open_router(
     *,
     others: Sequence[str] | None = None,
     embedding: str | None = None,
-    progress: Progress = lambda n: None,
+    watched: Watched | None = None,
     say: Say = lambda line: None,
 ) -> Router:
     """The router of a library, loaded if it still fits and else fitted and saved.
@@ -60,7 +62,9 @@ def open_router(
         name: one of `ROUTERS`.
         others: questions for nobody; by default those of the core suite and everyday ones in English and Chinese.
         embedding: sentence-transformers model for `prototype`, in place of the base's hidden states.
-        progress: called with the number of questions just read, when it is fitted (`questions` says how many).
+        watched: called with the number of questions when they are read to fit it; gives a context with what to call with
+            the number of questions just read.
+        say: called with a line for the user.
 
     Raises:
         ConfigError: unknown router, or a model that it needs is not given.
@@ -89,12 +93,19 @@ def open_router(
     except RunError:
         pass
     about = {n: [line for line in (card.description, " ".join(card.keywords)) if line] for n, card in known.items()}
-    router.fit({n: card.examples for n, card in known.items()}, nobody, about, progress)
+    examples = {n: card.examples for n, card in known.items()}
+    with (watched or _unwatched)(sum(map(len, [*examples.values(), nobody]))) as progress:
+        router.fit(examples, nobody, about, progress)
     try:
         _replace(folder, router)
     except OSError as error:
         say(f"{folder}: cannot be written ({error.strerror or error}); the router is fitted anew next time.")
     return router
+
+
+@contextmanager
+def _unwatched(total: int) -> Iterator[Progress]:
+    yield lambda n: None
 
 
 def make(name: str, pool: AdapterPool | None, tokenizer: Any, embedding: str | None = None) -> Router:

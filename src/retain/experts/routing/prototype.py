@@ -59,7 +59,9 @@ class Prototype(Router):
 
     def explain(self, prompt: str, row: NDArray[np.float32], scores: NDArray[np.float64], expert: int) -> str:
         likeness = self.learned["vectors"].astype(np.float32) @ _standard(self.learned, row)
-        return f"its nearest question is {self.nearest(likeness, expert)}; likeness to its mean {scores[expert]:.2f} of 1"
+        return (
+            f"its nearest question is {self.nearest(likeness, expert)}; likeness to its mean {scores[expert]:.2f} of 1"
+        )
 
 
 def _standard(learned: Learned, rows: NDArray[np.float32]) -> NDArray[np.float32]:
