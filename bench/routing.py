@@ -194,12 +194,19 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         seconds = timed(live, model, tokenizer, mixed)
     return {
         "about": about(Settings(model=given.model)),
-        "sizes": {"fit": given.fit, "held": given.held, "nobody": len(plain.nobody), "layers": StateReader(model, tokenizer, DEPTH).layers,
-                  "near": list(NEAR), "timed": given.timed, "tokens": TOKENS},
+        "sizes": {
+            "fit": given.fit,
+            "held": given.held,
+            "nobody": len(plain.nobody),
+            "layers": StateReader(model, tokenizer, DEPTH).layers,
+            "near": list(NEAR),
+            "timed": given.timed,
+            "tokens": TOKENS,
+        },
         "routers": found,
         "depths": depths,
         "seconds": seconds | {"others": company.share},
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

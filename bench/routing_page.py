@@ -42,10 +42,10 @@ another server). `likelihood` is not in this table: {likelihood}
 
 ## Without templates
 
-Four of the sets put a template around every question: all idioms are asked as 成语“…”是什么意思？, and a router may learn
-that alone. *Without*: fitted and asked with the bare idiom, verses, formula or paragraph. *Taken off when asked*: fitted
-with the templates, asked without. That is what a router does not survive, whatever its kind: an idiom alone is then
-Chinese of no known form. **Examples must look like the questions that will be asked**; give some of each form.
+Four of the sets put a template around every question: all idioms are asked as 成语“…”是什么意思？, and a router may
+learn that alone. *Without*: fitted and asked with the bare idiom, verses, formula or paragraph. *Taken off when asked*:
+fitted with the templates, asked without. That is what no kind of router survives: an idiom alone is then Chinese of no
+known form. **Examples must look like the questions that will be asked**; give some of each form.
 
 {bare}
 

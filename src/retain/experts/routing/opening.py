@@ -62,8 +62,8 @@ def open_router(
         name: one of `ROUTERS`.
         others: questions for nobody; by default those of the core suite and everyday ones in English and Chinese.
         embedding: sentence-transformers model for `prototype`, in place of the base's hidden states.
-        watched: called with the number of questions when they are read to fit it; gives a context with what to call with
-            the number of questions just read.
+        watched: called with the number of questions before they are read to fit it; its context gives what is called
+            with the number just read.
         say: called with a line for the user.
 
     Raises:
@@ -80,7 +80,7 @@ def open_router(
         )
     if not known:
         raise DataError(
-            f"{library.folder}: no expert with {FEWEST} or more questions on its card, so there is nothing to route by. "
+            f"{library.folder}: no expert with {FEWEST} or more questions on its card, so nothing to route by. "
             "Give them when an expert is added (`--examples-from FILE`)."
         )
     nobody = default_others() if others is None else list(others)
@@ -103,6 +103,19 @@ def open_router(
     return router
 
 
+def reads_with_base(name: str, embedding: str | None = None) -> bool:
+    """Whether a router needs the base model.
+
+    Raises:
+        ConfigError: unknown router, or an `embedding` that it would not use.
+    """
+    if name not in ROUTERS:
+        raise ConfigError(unknown("router", name, ROUTERS))
+    if embedding and name != "prototype":
+        raise ConfigError(f"embedding: router '{name}' does not use one. Leave it out, or use `prototype`.")
+    return name != "keyword" and not embedding
+
+
 @contextmanager
 def _unwatched(total: int) -> Iterator[Progress]:
     yield lambda n: None
@@ -114,17 +127,16 @@ def make(name: str, pool: AdapterPool | None, tokenizer: Any, embedding: str | N
     Raises:
         ConfigError: unknown router, or a model that it needs is not given.
     """
-    if name not in ROUTERS:
-        raise ConfigError(unknown("router", name, ROUTERS))
+    needed = reads_with_base(name, embedding)
     if name == "keyword":
         from retain.experts.routing.keyword import Keyword
 
         return Keyword()
-    if name == "prototype" and embedding:
+    if embedding:
         from retain.experts.routing.prototype import Prototype, embedding_reader
 
         return Prototype(embedding_reader(embedding), embedding=embedding)
-    if pool is None or tokenizer is None:
+    if needed and (pool is None or tokenizer is None):
         raise ConfigError(f"router: '{name}' reads questions with the base model, and none is given. Use `keyword`.")
     if name == "likelihood":
         from retain.experts.routing.likelihood import Likelihood, pool_scorer

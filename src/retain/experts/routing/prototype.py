@@ -2,8 +2,9 @@
 
     z = (x − m) / s per dimension,   score_k = cos(z, p_k),   p_k = mean of z / |z| over the expert's questions
 
-with m and s over all questions: without them a few large dimensions that all texts share would decide (Ethayarajh 2019,
-arXiv:1909.00512). Nobody's questions have little in common, so they get several means, by k-means, and the likest counts.
+with m and s over all questions: without them a few large dimensions that all texts share would decide (Ethayarajh
+2019, arXiv:1909.00512). Nobody's questions have little in common, so they get several means, by k-means, and the likest
+counts.
 """
 
 from __future__ import annotations
