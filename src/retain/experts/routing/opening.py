@@ -70,7 +70,7 @@ def open_router(
         ConfigError: unknown router, or a model that it needs is not given.
         DataError: no expert with enough questions.
     """
-    router = make(name, pool, tokenizer, embedding)
+    reads_with_base(name, embedding)
     cards = library.cards()
     known = {n: card for n, card in cards.items() if len(set(card.examples)) >= FEWEST}
     for left in cards.keys() - known.keys():
@@ -83,6 +83,7 @@ def open_router(
             f"{library.folder}: no expert with {FEWEST} or more questions on its card, so nothing to route by. "
             "Give them when an expert is added (`--examples-from FILE`)."
         )
+    router = make(name, pool, tokenizer, embedding)
     nobody = default_others() if others is None else list(others)
     router.fingerprint = fingerprint(router, known, nobody)
     folder = library.folder / FOLDER / name
