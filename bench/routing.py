@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from routing_questions import NEAR, Questions, near_prompts, read, stripped
+from safetensors.numpy import load_file, save_file
 from side_by_side import Company, Settings
 from sklearn.metrics import roc_auc_score
 from speed import about
@@ -37,27 +38,44 @@ from retain.functional.statistics import mean_interval
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "routing.json"
 TOKENS = 32  # of the answer that a choice is compared with
-DEPTHS = (1 / 15, 1 / 4, 1 / 2, 1.0)
+DEPTHS = (1 / 15, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 9 / 10)
 
 
 class Store:
-    """States of all questions after some depths, read once: what `StateReader` gives, looked up."""
+    """States of questions after some layers, read once and kept on disk: what `StateReader` gives, looked up.
 
-    def __init__(self, model: Any, tokenizer: Any, depths: Sequence[float], say: Callable[[str], None]) -> None:
-        self.readers = {depth: StateReader(model, tokenizer, depth) for depth in depths}
-        self.known: dict[tuple[float, str], Any] = {}
-        self.say = say
+    Args:
+        file: a safetensors file of [n, H] per number of layers, with the texts beside it as JSON.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, file: Path, say: Callable[[str], None]) -> None:
+        self.model, self.tokenizer, self.file, self.say = model, tokenizer, file, say
+        self.known: dict[str, dict[str, Any]] = {}
+        if file.is_file():
+            texts = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            self.known = {layers: dict(zip(texts[layers], rows)) for layers, rows in load_file(file).items()}
 
     def reader(self, depth: float) -> Callable[..., Any]:
+        live = StateReader(self.model, self.tokenizer, depth)
+        known = self.known.setdefault(str(live.layers), {})
+
         def look_up(texts: Sequence[str], progress: Any = None) -> Any:
-            new = list(dict.fromkeys(text for text in texts if (depth, text) not in self.known))
+            new = list(dict.fromkeys(text for text in texts if text not in known))
             if new:
                 start = time.perf_counter()
-                self.known |= {(depth, text): row for text, row in zip(new, self.readers[depth](new))}
-                self.say(f"{len(new)} questions after {depth:.2f} of the layers: {time.perf_counter() - start:.0f} s")
-            return np.stack([self.known[depth, text] for text in texts])
+                known.update(zip(new, live(new)))
+                self._keep()
+                self.say(f"{len(new)} questions after {live.layers} layers: {time.perf_counter() - start:.0f} s")
+            return np.stack([known[text] for text in texts])
 
         return look_up
+
+    def _keep(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        full = {layers: rows for layers, rows in self.known.items() if rows}
+        save_file({layers: np.stack(list(rows.values())) for layers, rows in full.items()}, self.file)
+        texts = json.dumps({layers: list(rows) for layers, rows in full.items()}, ensure_ascii=False)
+        self.file.with_suffix(".json").write_text(texts, encoding="utf-8")
 
 
 def measure(router: Router, asked: Questions, near: set[str]) -> dict[str, Any]:
@@ -105,7 +123,9 @@ def timed(routers: dict[str, Router], model: Any, tokenizer: Any, prompts: Seque
             router.route([prompt])
             seconds[name].append(time.perf_counter() - start)
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         start = time.perf_counter()
         model.generate(**inputs, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False)
         seconds["answer"].append(time.perf_counter() - start)
@@ -122,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nobody", type=int, default=120)
     parser.add_argument("--timed", type=int, default=24)
     parser.add_argument("--depths", type=float, nargs="*", default=DEPTHS)
+    parser.add_argument("--states", type=Path, default=ROOT / "bench" / "out" / "routing_states.safetensors")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "routing.md")
     given = parser.parse_args(argv)
@@ -144,7 +165,7 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     model.eval()
     near, plain = near_prompts(), read(given.data, given.fit, given.held, given.nobody)
     bare = Questions(**{**vars(plain), "fit": stripped(plain.fit), "held": stripped(plain.held)})
-    store = Store(model, tokenizer, sorted({DEPTH, *given.depths}), say)
+    store = Store(model, tokenizer, given.states, say)
     kinds: dict[str, Callable[[], Router]] = {
         "keyword": Keyword,
         "prototype": lambda: Prototype(store.reader(DEPTH)),
@@ -160,25 +181,32 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
             "without": measure(make().fit(bare.fit, bare.nobody), bare, near),
         }
         say(f"{name}: {found[name]['given']['all']}")
-    depths = {}
+    trial, depths = read(given.data, given.fit, given.held, given.nobody, trial=True), {}
     for depth in sorted(given.depths):
-        router = Combined(store.reader(depth)).fit(plain.fit, plain.nobody)
-        depths[store.readers[depth].layers] = measure(router, plain, near)
+        router = Combined(store.reader(depth)).fit(trial.fit, trial.nobody)
+        depths[StateReader(model, tokenizer, depth).layers] = measure(router, trial, near)
     mixed = [texts[i] for i in range(given.timed) for texts in [*plain.held.values(), plain.core]][: given.timed]
     live: dict[str, Router] = {"keyword": Keyword().fit(plain.fit, plain.nobody)}
     for name, kind in (("prototype", Prototype), ("gate", Gate), ("combined", Combined)):
         live[name] = kind(store.reader(DEPTH)).fit(plain.fit, plain.nobody)
-        live[name].reader = store.readers[DEPTH]  # type: ignore[attr-defined]
+        live[name].reader = StateReader(model, tokenizer, DEPTH)  # type: ignore[attr-defined]
     with Company() as company:
         seconds = timed(live, model, tokenizer, mixed)
     return {
         "about": about(Settings(model=given.model)),
-        "sizes": {"fit": given.fit, "held": given.held, "nobody": len(plain.nobody), "layers": store.readers[DEPTH].layers,
-                  "near": list(NEAR), "timed": given.timed, "tokens": TOKENS},
+        "sizes": {
+            "fit": given.fit,
+            "held": given.held,
+            "nobody": len(plain.nobody),
+            "layers": StateReader(model, tokenizer, DEPTH).layers,
+            "near": list(NEAR),
+            "timed": given.timed,
+            "tokens": TOKENS,
+        },
         "routers": found,
         "depths": depths,
         "seconds": seconds | {"others": company.share},
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -52,25 +52,27 @@ class Questions:
     elsewhere: list[str]
 
 
-def read(data: Path, fit: int, held: int, nobody: int) -> Questions:
+def read(data: Path, fit: int, held: int, nobody: int, trial: bool = False) -> Questions:
     """The questions of a folder of data sets, as the sets have them.
 
     Args:
         data: with a folder per set, each with train.jsonl and test.jsonl.
-        fit, held: per domain, the first of train.jsonl and the last of test.jsonl (routers were built on the first).
+        fit, held: per domain, the first of train.jsonl and the last of test.jsonl.
         nobody: questions of the core suite to fit with; the others are measured.
+        trial: the questions that routers were chosen on instead: the first of test.jsonl, another draw of core.
     """
+    kept = slice(held) if trial else slice(-held, None)
     core = core_prompts()
-    random.Random(0).shuffle(core)
+    random.Random(int(trial)).shuffle(core)
     own = {name: _texts(data / where / "train.jsonl")[:fit] for name, where in SETS.items()}
-    new = {name: _texts(data / where / "test.jsonl")[-held:] for name, where in SETS.items()}
+    new = {name: _texts(data / where / "test.jsonl")[kept] for name, where in SETS.items()}
     return Questions(
         own,
         {name: [text for text in texts if text not in own[name]] for name, texts in new.items()},
         core[:nobody] + list(EVERYDAY[::2]),
         core[nobody:],
         list(EVERYDAY[1::2]),
-        _texts(data / "dolly" / "test.jsonl")[-held:],
+        _texts(data / "dolly" / "test.jsonl")[kept],
     )
 
 

@@ -26,7 +26,7 @@ def test_the_true_temperature_is_found(scale):
 
 
 def test_one_expert_is_platt_scaling_as_scikit_learn_does_it():
-    """With one expert p = 1 / (1 + exp(−(d/T − b))), d its score above nobody's: a logistic regression without penalty."""
+    """With one expert p = σ(d/T − b), d its score above nobody's: a logistic regression without penalty."""
     _, labels, scores = drawn(900, 2, 3.0)
     gap = scores[:, :1] - scores[:, 1:]
     regression = LogisticRegression(C=1e9, tol=1e-10, max_iter=1000)

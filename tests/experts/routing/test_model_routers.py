@@ -150,7 +150,7 @@ def test_new_questions_find_their_expert(reader, kind, tmp_path):
     assert sum(choice.expert == name for choice, name in zip(choices, names)) >= 8
     for choice in choices:
         if choice.expert:
-            quoted = choice.why.rsplit("question “")[1].split("”")[0].rstrip("…")
+            quoted = choice.why.split("nearest question is “")[1].split("”")[0].rstrip("…")
             assert any(text.startswith(quoted) for text in EXAMPLES[choice.expert])
     router.save(tmp_path)
     again = kind(reader).load(tmp_path)

@@ -8,6 +8,7 @@ import sys
 
 import expert_kit
 import pytest
+import torch
 from routing_kit import EXAMPLES, NEW
 from tiny import tiny_tokenizer
 
@@ -17,6 +18,7 @@ from retain.experts.routing import opening
 from retain.experts.routing.base import Router
 from retain.experts.routing.everyday import EVERYDAY
 from retain.experts.routing.opening import ROUTERS, open_router
+from retain.experts.routing.states import StateReader
 
 OTHERS = list(EVERYDAY[::4])
 
@@ -146,10 +148,26 @@ def test_the_pool_is_left_as_it_was(library, pool):
         assert pool.active == "poems"
 
 
+def test_the_base_is_read_while_an_expert_is_active(tiny_folder, library, pool):
+    plain = StateReader(expert_kit.base(tiny_folder), tiny_tokenizer(), 1.0)(NEW["sums"])
+    reader = opening.make("gate", pool, tiny_tokenizer()).reader
+    assert reader.layers == 1, "a quarter of two layers"
+    whole = StateReader(pool.model, tiny_tokenizer(), 1.0, pool.lock)
+    pool.activate("poems")
+    assert whole(NEW["sums"]) == pytest.approx(plain, abs=1e-5)
+    with torch.no_grad():
+        ids = torch.tensor([[5, 6, 7]])
+        adapted = pool.model(input_ids=ids).logits
+        pool.activate(None)
+        assert not torch.allclose(adapted, pool.model(input_ids=ids).logits), "the expert acts again"
+
+
 def test_questions_for_nobody_are_the_core_suite_and_everyday_ones():
     from retain.probes.suite import load_probes
 
-    prompts = [item.fields["prompt"] for probe in load_probes("core") for item in probe.items if "prompt" in item.fields]
+    prompts = [
+        item.fields["prompt"] for probe in load_probes("core") for item in probe.items if "prompt" in item.fields
+    ]
     assert opening.core_prompts() == list(dict.fromkeys(prompts))
     assert opening.default_others() == [*opening.core_prompts(), *EVERYDAY]
     assert len(set(EVERYDAY)) == len(EVERYDAY) == 120

@@ -8,6 +8,7 @@ questions, and on the descriptions and keywords of the experts' cards, says whic
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ CHARACTERS = 8000
 #: Penalty; accuracy is flat from 10 to 100 on the five domains of bench/routing.py.
 STRENGTH = 30.0
 _EXPLAINED = 300  # words of a question that are looked at for its explanation
-#: Texts from which on a feature must be in two of them: what is in one alone tells nothing apart, and there is much of it.
+#: Texts from which on a feature must be in two of them: there are many in one alone, and they tell little apart.
 _MANY = 200
 
 
@@ -46,7 +47,9 @@ class Keyword(Router):
         texts = [*rows, *(line for line, _ in cards)]
         vectorizer = _vectorizer(least=2 if len(texts) >= _MANY else 1)
         features = vectorizer.fit_transform(texts)
-        coefficients, offsets = fit_linear(features, np.concatenate([labels, [k for _, k in cards]]).astype(int), STRENGTH)
+        coefficients, offsets = fit_linear(
+            features, np.concatenate([labels, [k for _, k in cards]]).astype(int), STRENGTH
+        )
         return {
             "vocabulary": vectorizer.get_feature_names_out().tolist(),
             "idf": vectorizer.idf_.astype(np.float32),
@@ -101,7 +104,7 @@ def features_of(text: str) -> list[str]:
         else:
             words.append(piece)
             found += _parts(piece)
-    return found + words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+    return found + words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
 @functools.lru_cache(maxsize=50_000)

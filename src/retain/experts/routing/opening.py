@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from retain.errors import ConfigError, DataError, RunError, unknown
@@ -35,6 +36,7 @@ FOLDER = ".routers"
 DEPTH = 0.25
 
 Say = Callable[[str], None]
+Watched = Callable[[int], AbstractContextManager[Progress]]
 
 
 def open_router(
@@ -45,7 +47,7 @@ def open_router(
     *,
     others: Sequence[str] | None = None,
     embedding: str | None = None,
-    progress: Progress = lambda n: None,
+    watched: Watched | None = None,
     say: Say = lambda line: None,
 ) -> Router:
     """The router of a library, loaded if it still fits and else fitted and saved.
@@ -60,13 +62,15 @@ def open_router(
         name: one of `ROUTERS`.
         others: questions for nobody; by default those of the core suite and everyday ones in English and Chinese.
         embedding: sentence-transformers model for `prototype`, in place of the base's hidden states.
-        progress: called with the number of questions just read, when it is fitted (`questions` says how many).
+        watched: called with the number of questions before they are read to fit it; its context gives what is called
+            with the number just read.
+        say: called with a line for the user.
 
     Raises:
         ConfigError: unknown router, or a model that it needs is not given.
         DataError: no expert with enough questions.
     """
-    router = make(name, pool, tokenizer, embedding)
+    reads_with_base(name, embedding)
     cards = library.cards()
     known = {n: card for n, card in cards.items() if len(set(card.examples)) >= FEWEST}
     for left in cards.keys() - known.keys():
@@ -76,9 +80,10 @@ def open_router(
         )
     if not known:
         raise DataError(
-            f"{library.folder}: no expert with {FEWEST} or more questions on its card, so there is nothing to route by. "
+            f"{library.folder}: no expert with {FEWEST} or more questions on its card, so nothing to route by. "
             "Give them when an expert is added (`--examples-from FILE`)."
         )
+    router = make(name, pool, tokenizer, embedding)
     nobody = default_others() if others is None else list(others)
     router.fingerprint = fingerprint(router, known, nobody)
     folder = library.folder / FOLDER / name
@@ -89,12 +94,32 @@ def open_router(
     except RunError:
         pass
     about = {n: [line for line in (card.description, " ".join(card.keywords)) if line] for n, card in known.items()}
-    router.fit({n: card.examples for n, card in known.items()}, nobody, about, progress)
+    examples = {n: card.examples for n, card in known.items()}
+    with (watched or _unwatched)(sum(map(len, [*examples.values(), nobody]))) as progress:
+        router.fit(examples, nobody, about, progress)
     try:
         _replace(folder, router)
     except OSError as error:
         say(f"{folder}: cannot be written ({error.strerror or error}); the router is fitted anew next time.")
     return router
+
+
+def reads_with_base(name: str, embedding: str | None = None) -> bool:
+    """Whether a router needs the base model.
+
+    Raises:
+        ConfigError: unknown router, or an `embedding` that it would not use.
+    """
+    if name not in ROUTERS:
+        raise ConfigError(unknown("router", name, ROUTERS))
+    if embedding and name != "prototype":
+        raise ConfigError(f"embedding: router '{name}' does not use one. Leave it out, or use `prototype`.")
+    return name != "keyword" and not embedding
+
+
+@contextmanager
+def _unwatched(total: int) -> Iterator[Progress]:
+    yield lambda n: None
 
 
 def make(name: str, pool: AdapterPool | None, tokenizer: Any, embedding: str | None = None) -> Router:
@@ -103,17 +128,16 @@ def make(name: str, pool: AdapterPool | None, tokenizer: Any, embedding: str | N
     Raises:
         ConfigError: unknown router, or a model that it needs is not given.
     """
-    if name not in ROUTERS:
-        raise ConfigError(unknown("router", name, ROUTERS))
+    needed = reads_with_base(name, embedding)
     if name == "keyword":
         from retain.experts.routing.keyword import Keyword
 
         return Keyword()
-    if name == "prototype" and embedding:
+    if embedding:
         from retain.experts.routing.prototype import Prototype, embedding_reader
 
         return Prototype(embedding_reader(embedding), embedding=embedding)
-    if pool is None or tokenizer is None:
+    if needed and (pool is None or tokenizer is None):
         raise ConfigError(f"router: '{name}' reads questions with the base model, and none is given. Use `keyword`.")
     if name == "likelihood":
         from retain.experts.routing.likelihood import Likelihood, pool_scorer

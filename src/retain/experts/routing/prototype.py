@@ -2,8 +2,9 @@
 
     z = (x − m) / s per dimension,   score_k = cos(z, p_k),   p_k = mean of z / |z| over the expert's questions
 
-with m and s over all questions: without them a few large dimensions that all texts share would decide (Ethayarajh 2019,
-arXiv:1909.00512). Nobody's questions have little in common, so they get several means, by k-means, and the likest counts.
+with m and s over all questions: without them a few large dimensions that all texts share would decide (Ethayarajh
+2019, arXiv:1909.00512). Nobody's questions have little in common, so they get several means, by k-means, and the likest
+counts.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Prototype(Router):
 
     def explain(self, prompt: str, row: NDArray[np.float32], scores: NDArray[np.float64], expert: int) -> str:
         likeness = self.learned["vectors"].astype(np.float32) @ _standard(self.learned, row)
-        return f"its nearest question is {self.nearest(likeness, expert)}; likeness to its mean {scores[expert]:.2f} of 1"
+        return (
+            f"its nearest question is {self.nearest(likeness, expert)}; likeness to its mean {scores[expert]:.2f} of 1"
+        )
 
 
 def _standard(learned: Learned, rows: NDArray[np.float32]) -> NDArray[np.float32]:
