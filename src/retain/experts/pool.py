@@ -1,0 +1,247 @@
+"""Experts in memory: one base model, the adapters that are in use, and which of them acts on which row.
+
+Switching sets a name in every adapted layer; no weight moves. What is loaded stays beside the base until room is
+needed, and then the expert that was asked longest ago goes first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from safetensors import safe_open
+
+from retain.errors import ModelError
+from retain.experts.adapter import WEIGHTS
+from retain.experts.library import ExpertLibrary
+
+_BASE = "__base__"  # PEFT's name for rows without an adapter
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    key: str  # PEFT's name for it: an expert's own may hold a dot, or be a word of torch
+    bytes: int
+    stamp: tuple[int, int] | None
+
+
+class AdapterPool:
+    """The experts of a library on one model.
+
+    One batch runs at a time: hold `lock` from `activate` to the end of the pass; `rows` holds it itself.
+
+    Args:
+        model: the base, without adapters; it stays usable as it is, and is what passes are called on.
+        library: of experts for it.
+        limit: bytes that the loaded experts may take; None for no limit.
+    """
+
+    def __init__(self, model: Any, library: ExpertLibrary, limit: int | None = None) -> None:
+        self.model, self.library, self.limit = model, library, limit
+        self.lock = threading.RLock()
+        self.active: str | None = None
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the one asked longest ago first
+        self._peft: PeftModel | None = None
+        self._layers: list[Any] = []  # those that PEFT adapted, each a LoraLayer
+        self._rows: list[str] | None = None  # PEFT's names for the rows of the batch that is running
+        self._in_batch: frozenset[str] = frozenset()
+        self._made = 0
+
+    @property
+    def loaded(self) -> list[str]:
+        """The experts in memory, the one asked longest ago first."""
+        with self.lock:
+            return list(self._loaded)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the loaded experts' tensors."""
+        with self.lock:
+            return sum(one.bytes for one in self._loaded.values())
+
+    def fits(self, names: Iterable[str | None]) -> bool:
+        """Whether these experts can be in memory at the same time.
+
+        Raises:
+            ConfigError: an expert that is not in the library.
+        """
+        return self.limit is None or sum(self._size(name) for name in set(names) - {None}) <= self.limit
+
+    def ensure(self, names: Iterable[str | None]) -> None:
+        """Load what is missing of these experts; None, for the base, needs nothing.
+
+        Raises:
+            ConfigError: an expert that is not in the library, or no longer.
+            ModelError: it cannot be loaded, or they take more than the limit together.
+        """
+        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        with self.lock:
+            for name in wanted:
+                known = self._loaded.get(name)
+                if known is not None and known.stamp != self.library.stamp(name) and not self._in_use(name):
+                    self._unload(name)  # removed, or another one has its name now
+            self._make_room(wanted)
+            for name in wanted:
+                if name not in self._loaded:
+                    self._load(name)
+                self._loaded.move_to_end(name)
+
+    def activate(self, name: str | None) -> None:
+        """Let one expert answer, or the base with None; loads it when it is not there.
+
+        Raises:
+            ConfigError, ModelError: as `ensure`.
+        """
+        with self.lock:
+            before, self.active = self.active, None  # the one that answered may make room
+            try:
+                self.ensure([name])
+            except Exception:
+                self.active = before if before in self._loaded else None
+                self._point()
+                raise
+            self.active = name
+            self._point()
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Let every row of the batches in this context have its own expert; nobody else runs a batch meanwhile.
+
+        Args:
+            names: one per row, None for the base.
+
+        Raises:
+            ConfigError, ModelError: as `ensure`.
+        """
+        with self.lock:
+            self.ensure(names)
+            before = self._rows, self._in_batch
+            self._in_batch = frozenset(name for name in names if name is not None)
+            self._rows = [_BASE if name is None else self._loaded[name].key for name in names]
+            try:
+                yield
+            finally:
+                self._rows, self._in_batch = before
+
+    # -- inside --------------------------------------------------------------------------------------------
+    def _size(self, name: str | None) -> int:
+        assert name is not None
+        return self._loaded[name].bytes if name in self._loaded else self.library.card(name).bytes
+
+    def _in_use(self, name: str) -> bool:
+        return name == self.active or name in self._in_batch
+
+    def _make_room(self, wanted: list[str]) -> None:
+        sizes = {name: self._size(name) for name in wanted}  # also finds out whether they are there
+        if self.limit is None:
+            return
+        staying = {name for name in self._loaded if name in sizes or self._in_use(name)}
+        needed = sum(sizes.values()) + sum(self._loaded[name].bytes for name in staying - sizes.keys())
+        if needed > self.limit:
+            raise ModelError(
+                f"experts {', '.join(sorted(sizes.keys() | staying))}: {needed:,} bytes together, and {self.limit:,} "
+                "are allowed. Raise the limit, or ask fewer of them at once."
+            )
+        coming = sum(size for name, size in sizes.items() if name not in self._loaded)
+        for name in [name for name in self._loaded if name not in staying]:
+            if self.bytes + coming <= self.limit:
+                return
+            self._unload(name)
+
+    def _load(self, name: str) -> None:
+        folder, stamp = self.library.path(name), self.library.stamp(name)
+        key = f"expert{self._made}"
+        self._made += 1
+        try:
+            self._read(folder, key)
+        except Exception as error:
+            self._delete(key)
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ModelError(f"{folder}: cannot be loaded ({first}). Remove the expert and add it again.") from error
+        finally:
+            self._collect()
+        size = sum(t.numel() * t.element_size() for t in self._parts(key))
+        self._loaded[name] = _Loaded(key, size, stamp)
+
+    def _read(self, folder: Path, key: str) -> None:
+        """Add an adapter, its numbers as in its file."""
+        device = str(next(self.model.parameters()).device)
+        if self._peft is None:
+            config = LoraConfig.from_pretrained(str(folder))
+            config.inference_mode = True
+            self._peft = PeftModel(self.model, config, key)
+        missing = self._peft.load_adapter(str(folder), key, torch_device=device).missing_keys
+        if missing:
+            raise ModelError(f"{missing[0]} is missing")
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        if len(kinds) == 1:  # PEFT makes float32 of smaller types, as training wants it: twice the memory
+            for part in self._parts(key):
+                part.data = part.data.to(*kinds)
+
+    def _collect(self) -> None:
+        """Find the adapted layers, which a new expert may add to, and set all of them as things stand."""
+        known = set(map(id, self._layers))
+        self._layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        for layer in self._layers:
+            if id(layer) not in known:
+                layer.register_forward_pre_hook(self._tell_rows, with_kwargs=True)
+        self._point()
+
+    def _tell_rows(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._rows is None:
+            return None
+        return args, kwargs | {"adapter_names": self._rows}
+
+    def _point(self) -> None:
+        """Set which adapter acts. PEFT's own `set_adapter` also visits all weights, to say which of them learn."""
+        key = [] if self.active is None else [self._loaded[self.active].key]
+        for layer in self._layers:
+            layer._active_adapter = key
+
+    def _parts(self, key: str) -> list[torch.Tensor]:
+        """Everything that is in memory because of one adapter."""
+        found: list[torch.Tensor] = []
+        for layer in self.model.modules():
+            for kind in layer.adapter_layer_names if isinstance(layer, LoraLayer) else ():
+                part = getattr(layer, kind)
+                if key in part:
+                    one = part[key]
+                    found += [one] if isinstance(one, torch.Tensor) else [*one.parameters(), *one.buffers()]
+        return found
+
+    def _unload(self, name: str) -> None:
+        self._delete(self._loaded.pop(name).key)
+        if name == self.active:
+            self.active = None
+        self._point()
+
+    def _delete(self, key: str) -> None:
+        if self._peft is None or key not in self._peft.peft_config:
+            return
+        for layer in self._layers:
+            layer._active_adapter = []  # so that PEFT looks for no other to act instead
+        self._peft.delete_adapter(key)
+
+
+def open_pool(library: ExpertLibrary, limit: int | None = None) -> tuple[AdapterPool, Any]:
+    """(pool, tokenizer): the base of a library, opened, and its experts on it.
+
+    Raises:
+        ModelError: the library has no expert, and so no base, or the base cannot be opened.
+    """
+    from retain.models.load import load_model
+
+    base = library.base
+    if base is None:
+        raise ModelError(f"{library.folder}: no experts here, so no base. Add one first: `retain experts add`.")
+    model, tokenizer = load_model(base)
+    return AdapterPool(model.eval().requires_grad_(False), library, limit), tokenizer
