@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 
 from retain.errors import ModelError
+from retain.experts import low_rank
 from retain.experts.adapter import WEIGHTS
 from retain.experts.library import ExpertLibrary
 
@@ -53,6 +54,8 @@ class AdapterPool:
         self._layers: list[Any] = []  # those that PEFT adapted, each a LoraLayer
         self._rows: list[str] | None = None  # PEFT's names for the rows of the batch that is running
         self._in_batch: frozenset[str] = frozenset()
+        self._stacks = low_rank.Stacks()
+        self._plain: set[int] = set()  # ids of the layers whose rows are computed by the stacks
         self._made = 0
 
     @property
@@ -125,11 +128,12 @@ class AdapterPool:
             self.ensure(names)
             before = self._rows, self._in_batch
             self._in_batch = frozenset(name for name in names if name is not None)
-            self._rows = [_BASE if name is None else self._loaded[name].key for name in names]
+            self._tell([_BASE if name is None else self._loaded[name].key for name in names])
             try:
                 yield
             finally:
-                self._rows, self._in_batch = before
+                rows, self._in_batch = before
+                self._tell(rows)
 
     # -- inside --------------------------------------------------------------------------------------------
     def _size(self, name: str | None) -> int:
@@ -191,19 +195,35 @@ class AdapterPool:
         """Find the adapted layers, which a new expert may add to, and set all of them as things stand."""
         known = set(map(id, self._layers))
         self._layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        self._stacks.clear()
+        self._plain = {id(layer) for layer in self._layers if low_rank.plain(layer)}
         for layer in self._layers:
             if id(layer) not in known:
                 layer.register_forward_pre_hook(self._tell_rows, with_kwargs=True)
+                layer.register_forward_hook(self._add_rows)
+        self._point()
+
+    def _tell(self, rows: list[str] | None) -> None:
+        self._rows = rows
+        if rows is not None:
+            self._stacks.begin(rows, _BASE)
         self._point()
 
     def _tell_rows(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._rows is None:
+        """Layers that the stacks do not know, such as adapted embeddings, are left to PEFT."""
+        if self._rows is None or id(layer) in self._plain:
             return None
         return args, kwargs | {"adapter_names": self._rows}
 
+    def _add_rows(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+        if self._rows is None or id(layer) not in self._plain:
+            return None
+        return self._stacks.added(layer, args[0], output)
+
     def _point(self) -> None:
         """Set which adapter acts. PEFT's own `set_adapter` also visits all weights, to say which of them learn."""
-        key = [] if self.active is None else [self._loaded[self.active].key]
+        alone = self.active if self._rows is None else None  # what rows have is added to the base's output
+        key = [] if alone is None else [self._loaded[alone].key]
         for layer in self._layers:
             layer._active_adapter = key
 
@@ -230,6 +250,7 @@ class AdapterPool:
         for layer in self._layers:
             layer._active_adapter = []  # so that PEFT looks for no other to act instead
         self._peft.delete_adapter(key)
+        self._stacks.clear()
 
 
 def open_pool(library: ExpertLibrary, limit: int | None = None) -> tuple[AdapterPool, Any]:
