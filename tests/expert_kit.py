@@ -42,7 +42,7 @@ def adapter(
     more.setdefault("init_lora_weights", False)
     targets = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **more)
-    get_peft_model(base(model_folder), config).save_pretrained(to)
+    get_peft_model(base(model_folder), config).save_pretrained(to, save_embedding_layers=False)
     return to
 
 

@@ -1,4 +1,4 @@
-"""A tiny base with three experts that answer differently, behind an engine and a real server."""
+"""A tiny base with experts that answer differently, behind an engine and a real server."""
 
 from __future__ import annotations
 
@@ -9,39 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from tiny import tiny_model, tiny_tokenizer
+from expert_kit import base
+from transformers import AutoTokenizer
 
+from retain.experts.asks import Ask
 from retain.experts.choice import Choice
 from retain.experts.engine import Engine
 from retain.experts.library import ExpertLibrary
 from retain.experts.pool import AdapterPool
 from retain.experts.server.app import Service
 from retain.experts.server.running import Server
-from retain.models.load import load_model
+from retain.models.generation import encode_prompts, generate
 
-EXPERTS = {"medicine": ("all-linear", 4), "poems": (["q_proj", "v_proj"], 8), "law": (["down_proj", "o_proj"], 3)}
-
-
-def make_library(folder: Path) -> ExpertLibrary:
-    """A library of experts with other ranks and layers, whose changes are large enough to be heard."""
-    tokenizer = tiny_tokenizer()
-    base = folder / "models" / "tiny"
-    tiny_model(tokenizer).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    library = ExpertLibrary(folder / "experts")
-    for seed, (name, (targets, rank)) in enumerate(EXPERTS.items(), start=1):
-        model = get_peft_model(
-            tiny_model(tokenizer), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-        )
-        torch.manual_seed(seed)
-        for key, parameter in model.named_parameters():
-            if "lora_" in key:
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(folder / "adapters" / name)
-        library.add(name, folder / "adapters" / name, base=str(base), examples=[f"{name} {i}?" for i in range(4)])
-    return library
+QUESTIONS = ["What is the capital?", "Seven small ships", "the heart pumps blood through the body; the lungs", "一 二 三"]
 
 
 class ByWord:
@@ -50,36 +30,66 @@ class ByWord:
     name = "by word"
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
+        self.names, self.asked = names, 0
 
     def route(self, prompts: Sequence[str]) -> list[Choice]:
+        self.asked += 1
         found = [next((name for name in self.names if name in prompt), None) for prompt in prompts]
-        return [Choice(name, 0.9, {name: 0.9} if name else {}, f"says {name}", 0.001) for name in found]
+        return [Choice(name, 0.9, {name: 0.9} if name else {}, f"it says {name}", 0.001) for name in found]
 
 
-def open_engine(library: ExpertLibrary, **settings: Any) -> Engine:
-    """An engine that is not started yet."""
-    model, tokenizer = load_model(library.base or "")
-    pool = AdapterPool(model.eval().requires_grad_(False), library, settings.pop("limit", None))
-    return Engine(pool, tokenizer, settings.pop("router", ByWord(library.names())), **settings)
+def open_engine(folder: Path, library: ExpertLibrary, limit: int | None = None, **settings: Any) -> Engine:
+    """An engine over the model in a folder; it is not started yet."""
+    pool = AdapterPool(base(folder), library, limit)
+    settings.setdefault("router", ByWord(library.names()))
+    return Engine(pool, AutoTokenizer.from_pretrained(folder), **settings)
+
+
+class Alone:
+    """What each expert says when nobody else is in the batch, by the host's own `generate`."""
+
+    def __init__(self, folder: Path, library: ExpertLibrary) -> None:
+        self.pool, self.tokenizer = AdapterPool(base(folder), library), AutoTokenizer.from_pretrained(folder)
+
+    def ids(self, prompt: Any) -> tuple[int, ...]:
+        return tuple(encode_prompts(self.tokenizer, [prompt])[0])
+
+    def __call__(self, expert: str | None, prompt: Any, limit: int) -> tuple[str, int]:
+        """(text, tokens); a prompt as `generate` takes it."""
+        self.pool.activate(expert)
+        found = generate(self.pool.model, self.tokenizer, [prompt], max_new_tokens=limit)[0]
+        ids = found.ids[:-1] if found.finished else found.ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True), found.tokens
+
+
+def user(text: str) -> list[dict[str, str]]:
+    """A chat of one turn."""
+    return [{"role": "user", "content": text}]
+
+
+def ask(alone: Alone, text: str, expert: str | None = None, **more: Any) -> Ask:
+    """An ask of a chat of one turn."""
+    return Ask(alone.ids(user(text)), expert, text, **({"limit": 12} | more))
 
 
 @contextmanager
 def running(service: Service, grace: float = 5.0) -> Iterator[Server]:
     """The service behind a real socket, in a thread."""
     server = Server(service, "127.0.0.1", 0, grace)
+    ready = threading.Event()
+    server.when_ready = ready.set
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until(lambda: server.started)
+    assert ready.wait(20)
     try:
         yield server
     finally:
         server.leave()
-        thread.join(10)
+        thread.join(20)
         assert not thread.is_alive()
 
 
-def until(true: Any, seconds: float = 10.0) -> None:
+def until(true: Any, seconds: float = 20.0) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not true():

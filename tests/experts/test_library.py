@@ -100,26 +100,35 @@ def test_what_fails_on_the_way_leaves_nothing(books, shelf, monkeypatch, step):
     assert {p.name for p in books.folder.iterdir()} <= {"first", ".lock"}
 
 
-def test_a_killed_process_leaves_nothing_that_is_seen(books, shelf):
-    code = (
-        "import os, signal, sys; from retain.experts.library import ExpertLibrary as L\n"
-        "L._write = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "L(sys.argv[1]).add('second', sys.argv[2])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(books.folder), str(shelf / "one")], env=environment(), check=False
-    )
-    assert done.returncode < 0
-    left = [p for p in books.folder.iterdir() if p.name.startswith(".adding-")]
-    assert len(left) == 1
-    assert (left[0] / "adapter_model.safetensors").is_file()
+def test_what_a_killed_process_left_is_never_seen(books, shelf, monkeypatch):
+    def killed(*given):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertLibrary, "_write", killed)
+        patch.setattr(module.shutil, "rmtree", lambda *given, **more: None)  # a killed process clears nothing
+        with pytest.raises(SystemExit):
+            books.add("second", shelf / "one")
+    (left,) = (p for p in books.folder.iterdir() if p.name.startswith(".adding-"))
+    assert (left / "adapter_model.safetensors").is_file()
     assert books.names() == ["first"]
+    assert left.name not in books
     books.add("second", shelf / "one")  # the name is free
-    assert left[0].is_dir()  # perhaps another process is writing it
+    assert left.is_dir()  # perhaps another process is writing it
     long_ago = time.time() - 2 * 24 * 3600
-    os.utime(left[0], (long_ago, long_ago))
+    os.utime(left, (long_ago, long_ago))
     books.remove("second")
-    assert not left[0].exists()
+    assert not left.exists()
+
+
+def test_a_removal_that_was_cut_short_is_finished_later(books, shelf, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", lambda *given, **more: None)
+        books.remove("first")
+    assert books.names() == []
+    assert list(books.folder.glob(".leaving-*"))
+    books.add("first", shelf / "one")
+    assert not list(books.folder.glob(".leaving-*"))
 
 
 def test_one_of_many_that_add_the_same_name_wins(books, shelf):
@@ -244,6 +253,14 @@ def test_numbers_that_are_not_finite_are_refused(books, shelf, tmp_path):
     tensors[last][0, 0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(ModelError, match="not finite"):
+        books.add("bad", tmp_path / "bad")
+
+
+def test_weights_of_the_base_are_refused(books, shelf, tmp_path):
+    shutil.copytree(shelf / "one", tmp_path / "bad")
+    path = tmp_path / "bad" / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.model.embed_tokens.weight": torch.zeros(4, 4)}, path)
+    with pytest.raises(ModelError, match="a weight of the base"):
         books.add("bad", tmp_path / "bad")
 
 

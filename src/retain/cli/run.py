@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from retain.config import RunConfig
 
 
 def command(
@@ -28,17 +31,27 @@ def command(
         tasks: \[data/medical.jsonl]
         methods: \[lora: {r: 16}, replay: {fraction: 0.3}, distill]
     """
-    from retain.cli.common import console, quiet_libraries
     from retain.cli.plan import configuration
 
-    settings = configuration(config, task, model, output, set_, preset)
+    carry_out(configuration(config, task, model, output, set_, preset))
+
+
+def carry_out(settings: RunConfig) -> bool:
+    """Run, and show what came of it; whether this process is the one that speaks.
+
+    Raises:
+        RetainError: as `retain.pipeline.run`.
+    """
+    from retain.cli.common import console, quiet_libraries, quietly
+
     quiet_libraries()
     from retain.pipeline import run
     from retain.report import terminal
 
     out = console()
-    results = run(settings, lambda line: out.print(line, style="dim", highlight=False, markup=False))
+    results = run(settings, quietly(out))
     if os.environ.get("RANK", "0") != "0":
-        return  # under torchrun every process comes here; one speaks
+        return False  # under torchrun every process comes here; one speaks
     out.print(terminal.summary(results))
     out.print(f"Report: {settings.directory / 'report.html'}", highlight=False)
+    return True

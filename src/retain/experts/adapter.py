@@ -105,6 +105,11 @@ def check(folder: Path, base: str) -> About:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: damaged ({error}). Copy the adapter again.") from error
     for name, tensor in tensors.items():
+        if ".lora_" not in name:
+            raise ModelError(
+                f"{path}: {name} is a weight of the base, which an expert leaves alone. Save the adapter without it "
+                "(save_pretrained with save_embedding_layers=False)."
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{path}: {name} holds numbers that are not finite. Train it again with a lower rate.")
     model = Weightless(ModelConfig(name=base)).model
@@ -112,7 +117,7 @@ def check(folder: Path, base: str) -> About:
         config = LoraConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = None  # the name that it has here is given
         with torch.device("meta"):
-            wanted = get_peft_model_state_dict(get_peft_model(model, config))
+            wanted = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     except Exception as error:  # PEFT has many words for an adapter that does not fit
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(f"{folder}: does not fit '{base}' ({first}). Give the adapter's own base.") from error

@@ -105,6 +105,43 @@ class ExpertLibrary:
         """The model that all experts are for; None while there are none."""
         return next((self.card(name).base for name in self.names()), None)
 
+    def require_free(self, name: str) -> None:
+        """Refuse a name that is taken, also in another case, which some file systems take for the same.
+
+        Raises:
+            ConfigError: it is taken.
+        """
+        taken = {p.name.casefold(): p.name for p in self.folder.iterdir()} if self.folder.is_dir() else {}
+        if (there := taken.get(name.casefold())) is not None:
+            what = "an expert" if there in self else "something else"
+            raise ConfigError(
+                f"{self.folder}: '{there}' is there already, {what}. Choose another name, or remove it first: "
+                f"`retain experts remove {there}`."
+            )
+
+    def require_base(self, base: str, name: str, digest: str | None = None) -> None:
+        """Refuse another base than that of the experts that are here.
+
+        Args:
+            base: a model, as `model.name` takes it.
+            name: of the expert that is to be on it.
+            digest: its `base.identity`; found out when not given.
+
+        Raises:
+            ModelError: it is another one.
+        """
+        if digest is None:
+            from retain.experts.base import identity
+
+            digest = identity(base)
+        for other, card in self.cards().items():
+            same = digest == card.base_digest if digest and card.base_digest else base == card.base
+            if not same:
+                raise ModelError(
+                    f"{self.folder}: '{name}' is for the base '{base}', and '{other}' here is for '{card.base}', which "
+                    "has other weights. Keep one library per base (`--library`), or train it on this one."
+                )
+
     # -- change --------------------------------------------------------------------------------------------
     def add(self, name: str, adapter: str | Path, *, base: str | None = None, **fields: Any) -> ExpertCard:
         """Copy an adapter into the library.
@@ -124,12 +161,12 @@ class ExpertLibrary:
         from retain.models.load import adapter_base
 
         check_name(name)
-        self._require_free(name)
+        self.require_free(name)
         source = Path(adapter)
         settings(source)
         base = short(base or adapter_base(source / _ADAPTER[0]))
         digest = identity(base)
-        self._require_base(base, digest, name)
+        self.require_base(base, name, digest)
         found = check(source, base)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         card = ExpertCard(
@@ -155,8 +192,8 @@ class ExpertLibrary:
                 )
             self._write(partial, card)
             with self._changing():
-                self._require_free(name)
-                self._require_base(base, digest, name)
+                self.require_free(name)
+                self.require_base(base, name, digest)
                 os.rename(partial, self.folder / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -185,7 +222,7 @@ class ExpertLibrary:
         with self._changing():
             card, path = self.card(name).model_copy(update={"name": new}), self.path(name)
             if new.casefold() != name.casefold():
-                self._require_free(new)
+                self.require_free(new)
             if new != name:
                 os.rename(path, self.folder / new)
                 self._write(self.folder / new, card)
@@ -228,24 +265,6 @@ class ExpertLibrary:
     def _write(self, folder: Path, card: ExpertCard) -> None:
         write_text(folder / README, card.readme())
         write_text(folder / CARD, card.model_dump_json(indent=1) + "\n")
-
-    def _require_free(self, name: str) -> None:
-        taken = {p.name.casefold(): p.name for p in self.folder.iterdir()} if self.folder.is_dir() else {}
-        if (there := taken.get(name.casefold())) is not None:
-            what = "an expert" if there in self else "something else"
-            raise ConfigError(
-                f"{self.folder}: '{there}' is there already, {what}. Choose another name, or remove it first: "
-                f"`retain experts remove {there}`."
-            )
-
-    def _require_base(self, base: str, digest: str, name: str) -> None:
-        for other, card in self.cards().items():
-            same = digest == card.base_digest if digest and card.base_digest else base == card.base
-            if not same:
-                raise ModelError(
-                    f"{self.folder}: '{name}' is for the base '{base}', and '{other}' here is for '{card.base}', which "
-                    "has other weights. Keep one library per base (`--library`), or train it on this one."
-                )
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

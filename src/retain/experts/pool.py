@@ -1,7 +1,7 @@
 """Experts in memory: one base model, the adapters that are in use, and which of them acts on which row.
 
-Switching sets a name in every adapted layer; no weight moves. What is loaded stays beside the base until room is
-needed, and then the expert that was asked longest ago goes first.
+All adapted layers look at one list that names the adapter that acts. Switching changes this list; no weight moves.
+What is loaded stays beside the base until room is needed, and then the expert that was asked longest ago goes first.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class AdapterPool:
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the one asked longest ago first
         self._peft: PeftModel | None = None
         self._layers: list[Any] = []  # those that PEFT adapted, each a LoraLayer
+        self._acting: list[str] = []  # PEFT's name for the active one; every layer holds this very list
         self._rows: list[str] | None = None  # PEFT's names for the rows of the batch that is running
         self._in_batch: frozenset[str] = frozenset()
         self._stacks = low_rank.Stacks()
@@ -172,11 +173,16 @@ class AdapterPool:
             raise ModelError(f"{folder}: cannot be loaded ({first}). Remove the expert and add it again.") from error
         finally:
             self._collect()
-        size = sum(t.numel() * t.element_size() for t in self._parts(key))
-        self._loaded[name] = _Loaded(key, size, stamp)
+        parts = self._parts(key)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            kinds = {file.get_tensor(one).dtype for one in file.keys()}  # noqa: SIM118  (it is no mapping)
+        if len(kinds) == 1:  # PEFT makes float32 of smaller types, as training wants it: twice the memory
+            for part in parts:
+                part.data = part.data.to(*kinds)
+        self._loaded[name] = _Loaded(key, sum(part.numel() * part.element_size() for part in parts), stamp)
 
     def _read(self, folder: Path, key: str) -> None:
-        """Add an adapter, its numbers as in its file."""
+        """Add an adapter to the model."""
         device = str(next(self.model.parameters()).device)
         if self._peft is None:
             config = LoraConfig.from_pretrained(str(folder))
@@ -185,11 +191,6 @@ class AdapterPool:
         missing = self._peft.load_adapter(str(folder), key, torch_device=device).missing_keys
         if missing:
             raise ModelError(f"{missing[0]} is missing")
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-        if len(kinds) == 1:  # PEFT makes float32 of smaller types, as training wants it: twice the memory
-            for part in self._parts(key):
-                part.data = part.data.to(*kinds)
 
     def _collect(self) -> None:
         """Find the adapted layers, which a new expert may add to, and set all of them as things stand."""
@@ -201,6 +202,7 @@ class AdapterPool:
             if id(layer) not in known:
                 layer.register_forward_pre_hook(self._tell_rows, with_kwargs=True)
                 layer.register_forward_hook(self._add_rows)
+            layer._active_adapter = self._acting
         self._point()
 
     def _tell(self, rows: list[str] | None) -> None:
@@ -221,17 +223,15 @@ class AdapterPool:
         return self._stacks.added(layer, args[0], output)
 
     def _point(self) -> None:
-        """Set which adapter acts. PEFT's own `set_adapter` also visits all weights, to say which of them learn."""
+        """Set which adapter acts. PEFT's own `set_adapter` visits all weights, to say which of them learn."""
         alone = self.active if self._rows is None else None  # what rows have is added to the base's output
-        key = [] if alone is None else [self._loaded[alone].key]
-        for layer in self._layers:
-            layer._active_adapter = key
+        self._acting[:] = [] if alone is None else [self._loaded[alone].key]
 
     def _parts(self, key: str) -> list[torch.Tensor]:
         """Everything that is in memory because of one adapter."""
         found: list[torch.Tensor] = []
-        for layer in self.model.modules():
-            for kind in layer.adapter_layer_names if isinstance(layer, LoraLayer) else ():
+        for layer in self._layers:
+            for kind in layer.adapter_layer_names:
                 part = getattr(layer, kind)
                 if key in part:
                     one = part[key]
@@ -247,8 +247,7 @@ class AdapterPool:
     def _delete(self, key: str) -> None:
         if self._peft is None or key not in self._peft.peft_config:
             return
-        for layer in self._layers:
-            layer._active_adapter = []  # so that PEFT looks for no other to act instead
+        self._acting.clear()  # so that PEFT looks for no other to act instead
         self._peft.delete_adapter(key)
         self._stacks.clear()
 
