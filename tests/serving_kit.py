@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
 from expert_kit import base
 from transformers import AutoTokenizer
 
@@ -21,7 +23,12 @@ from retain.experts.server.app import Service
 from retain.experts.server.running import Server
 from retain.models.generation import encode_prompts, generate
 
-QUESTIONS = ["What is the capital?", "Seven small ships", "the heart pumps blood through the body; the lungs", "一 二 三"]
+QUESTIONS = [
+    "What is the capital?",
+    "Seven small ships",
+    "the heart pumps blood through the body; the lungs",
+    "一 二 三",
+]
 
 
 class ByWord:
@@ -72,6 +79,18 @@ def ask(alone: Alone, text: str, expert: str | None = None, **more: Any) -> Ask:
     return Ask(alone.ids(user(text)), expert, text, **({"limit": 12} | more))
 
 
+def slowed(engine: Engine, seconds: float = 0.02) -> Engine:
+    """The engine, which rests before every step: a tiny model would be done before anybody can leave."""
+    step = engine._loop._step
+
+    def slow() -> None:
+        time.sleep(seconds)
+        step()
+
+    engine._loop._step = slow  # type: ignore[method-assign]
+    return engine
+
+
 @contextmanager
 def running(service: Service, grace: float = 5.0) -> Iterator[Server]:
     """The service behind a real socket, in a thread."""
@@ -95,3 +114,15 @@ def until(true: Any, seconds: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < end, "did not happen"
         time.sleep(0.005)
+
+
+def leave(server: Server, stream: bool) -> None:
+    """Ask for a long answer, and leave before it is there: in the middle of a stream, or while waiting."""
+    body = {"model": "poems", "messages": user(QUESTIONS[2]), "max_tokens": 400, "stream": stream}
+    with httpx.Client(timeout=20 if stream else 0.5) as client:
+        if not stream:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{server.address}/v1/chat/completions", json=body)
+            return
+        with client.stream("POST", f"{server.address}/v1/chat/completions", json=body) as answer:
+            assert next(answer.iter_lines())

@@ -109,7 +109,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):
         return _malformed(error)
     if isinstance(error, HTTPException):
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        code = {400: "invalid_value", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return ApiError(error.status_code, str(error.detail), code=code, headers=dict(error.headers or {}))
     log.error("a request failed", exc_info=error)
     return ApiError(500, f"The server failed ({type(error).__name__}). Its log says more.", SERVER)
