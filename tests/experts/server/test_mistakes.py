@@ -76,7 +76,7 @@ MALFORMED = [
     (CHAT, GOOD | {"n": 17}, "n", "invalid_value"),
     (CHAT, GOOD | {"stop": ""}, None, "invalid_value"),
     (CHAT, GOOD | {"seed": 2**64}, "seed", "invalid_value"),
-    (CHAT, GOOD | {"stream_options": {"include_usage": True}}, None, "invalid_value"),
+    (CHAT, GOOD | {"stream_options": {"include": True}}, "stream_options.include", "unsupported_parameter"),
     (CHAT, GOOD | {"tools": []}, "tools", "unsupported_parameter"),
     (CHAT, GOOD | {"frequency_penalty": 0.5}, "frequency_penalty", "invalid_value"),
     (CHAT, GOOD | {"messages": user("a " * 600)}, "messages", "context_length_exceeded"),

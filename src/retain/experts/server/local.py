@@ -28,6 +28,14 @@ from retain.experts.server.prompts import Names, Prompts
 #: Header of every answer: who wrote it, percent-encoded; several are set apart by commas.
 HEADER = "x-retain-expert"
 
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"text/event-stream": {"schema": _EVENT}},
+        "headers": {HEADER: {"schema": {"type": "string"}, "description": "Who answers."}},
+    }
+}
+
 
 @dataclass
 class _Written:
@@ -142,12 +150,16 @@ def routes(engine: Engine, names: Names, prompts: Prompts, metrics: Metrics, sec
                 pass
         return JSONResponse(form.whole(job), headers=headers(*(one.chosen for one in job.written)))
 
-    @router.post("/v1/chat/completions", response_model=shapes.ChatAnswer, responses=RESPONSES, operation_id="chat")
+    @router.post(
+        "/v1/chat/completions", response_model=shapes.ChatAnswer, responses=_STREAM | RESPONSES, operation_id="chat"
+    )
     async def chat(request: Request, asked: shapes.ChatAsked) -> Any:
         """Answer a chat."""
         return await answer(request, await prompts.chat(asked), asked, _Form("chat.completion", "chatcmpl-"))
 
-    @router.post("/v1/completions", response_model=shapes.TextAnswer, responses=RESPONSES, operation_id="complete")
+    @router.post(
+        "/v1/completions", response_model=shapes.TextAnswer, responses=_STREAM | RESPONSES, operation_id="complete"
+    )
     async def complete(request: Request, asked: shapes.TextAsked) -> Any:
         """Continue texts."""
         return await answer(request, await prompts.text(asked), asked, _Form("text_completion", "cmpl-"))

@@ -115,7 +115,10 @@ class Prompts:
                 return encode_prompts(self._tokenizer, prompts)
         except Exception as error:  # templates raise what they like, for instance on the order of roles
             raise ApiError(
-                400, f"messages: the model's chat template refuses them ({error}).", param="messages"
+                400,
+                f"messages: the model's chat template refuses them ({error}).",
+                param="messages",
+                code="invalid_value",
             ) from error
 
     def _decode(self, ids: list[int]) -> str:

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 #: Stop strings in one request, and characters in each: every new text is searched for all of them.
 MOST_STOPS, LONGEST_STOP = 16, 1000
 #: Answers in one request.
 MOST_CHOICES = 16
 
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Text = Annotated[str, StringConstraints(min_length=1)]
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 3.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _sound(text: str) -> str:
+    """JSON can hold halves of surrogate pairs, of which no text can be made.
+
+    Raises:
+        ValueError: this one does.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half of a surrogate pair, which is no character")
+    return text
+
+
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
+Token = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+String = Annotated[str, AfterValidator(_sound)]
+Stop = Annotated[String, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Text = Annotated[String, StringConstraints(min_length=1)]
 
 
 class _Request(BaseModel):
@@ -21,7 +43,7 @@ class _Request(BaseModel):
 
 
 class StreamOptions(_Request):
-    """Of a stream."""
+    """Of a stream; of no consequence without one."""
 
     include_usage: bool = False
     """One more chunk at the end, with the numbers of tokens."""
@@ -30,18 +52,18 @@ class StreamOptions(_Request):
 class Asked(_Request):
     """What both routes take. What would change an answer in OpenAI's interface, and is not here, is refused."""
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+    model: Annotated[String, StringConstraints(min_length=1, max_length=1000)]
     """`auto` (the router chooses), an expert's name, or `base`."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0, which is the default here, is greedy."""
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    n: Count | None = None
     """Answers to each prompt."""
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Positive | None = None
 
     # of no consequence here, and sent by some clients
     user: str | None = None
@@ -68,25 +90,19 @@ class Asked(_Request):
         """Whether the stream ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Asked:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options given without `stream: true`.")
-        return self
-
 
 class Part(_Request):
     """A piece of a message; only text is understood."""
 
     type: Literal["text"]
-    text: str
+    text: String
 
 
 class Message(_Request):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: String | Annotated[list[Part], Field(min_length=1)]
     name: str | None = None
     """Of no consequence here."""
 
@@ -101,7 +117,7 @@ class ChatAsked(Asked):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Positive | None = None
 
     @property
     def limit(self) -> int | None:
