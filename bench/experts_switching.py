@@ -77,6 +77,7 @@ def measure(model: str, repeats: int, rank: int, count: int = 3) -> dict[str, An
         assert pool._peft is not None
         keys = [one.key for one in pool._loaded.values()]
         by_peft = seconds(lambda i: pool._peft.set_adapter(keys[i % count]), max(repeats // 10, 2))
+        pool._collect()  # PEFT made the layers look elsewhere
         size = library.card(names[0]).bytes
         assert pool.bytes == count * size
         pool.activate(None)

@@ -45,12 +45,18 @@ def by_peft(pool: AdapterPool) -> Way:
 
     @contextmanager
     def rows(names: list[str | None]) -> Any:
-        plain, pool._plain = pool._plain, set()
+        keys = ["__base__" if name is None else pool._loaded[name].key for name in names]
+        told = [
+            layer.register_forward_pre_hook(
+                lambda _, args, more: (args, more | {"adapter_names": keys}), with_kwargs=True
+            )
+            for layer in pool._layers
+        ]
         try:
-            with pool.rows(names):
-                yield
+            yield
         finally:
-            pool._plain = plain
+            for handle in told:
+                handle.remove()
 
     return rows
 

@@ -6,8 +6,10 @@ import threading
 import pytest
 import torch
 from expert_kit import EXPERTS, adapter, alone, base, library
+from peft import PeftModel
 
 from retain.errors import ConfigError, ModelError
+from retain.experts import mixed as module
 from retain.experts.library import ExpertLibrary
 from retain.experts.pool import AdapterPool, open_pool
 
@@ -73,9 +75,59 @@ def test_rows_of_one_batch_have_experts_of_their_own(pool, truth):
     for row, name in enumerate(names):
         with pool.rows([name] * 4):
             single = said(pool)
-        torch.testing.assert_close(mixed[row], single[row])
-        torch.testing.assert_close(mixed[row], truth[name][row])
+        assert torch.equal(single, truth[name])
+        torch.testing.assert_close(mixed[row], truth[name][row], rtol=1e-4, atol=1e-4)
     assert torch.equal(said(pool), truth["medicine"])
+
+
+@pytest.mark.parametrize(("tokens", "narrow"), [(10**9, 8), (0, 10**9)])
+def test_both_ways_of_mixing_agree_with_peft(pool, tiny_folder, books, monkeypatch, tokens, narrow):
+    """Joined and one by one, against PEFT's own mixed batches."""
+    monkeypatch.setattr(module, "_FEW_TOKENS", tokens)
+    monkeypatch.setattr(module, "_NARROW", narrow)
+    other = PeftModel.from_pretrained(base(tiny_folder), str(books.path("poems")), adapter_name="poems")
+    other.load_adapter(str(books.path("history.v2")), "history")
+    with torch.no_grad():
+        wanted = other.eval()(IDS, adapter_names=["history", "poems", "__base__", "poems"]).logits
+    with pool.rows(["history.v2", "poems", None, "poems"]):
+        torch.testing.assert_close(said(pool), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_adapted_embeddings_and_heads_are_mixed_too(tiny_folder, tmp_path):
+    books = ExpertLibrary(tmp_path / "experts")
+    for seed, targets in enumerate([["embed_tokens", "q_proj"], ["lm_head"]]):
+        books.add(f"e{seed}", adapter(tiny_folder, tmp_path / f"a{seed}", targets=targets, seed=seed))
+    pool = AdapterPool(base(tiny_folder), books)
+    with pool.rows(["e0", "e1", None, "e0"]):
+        mixed = said(pool)
+    for row, name in enumerate(["e0", "e1", None, "e0"]):
+        pool.activate(name)
+        torch.testing.assert_close(mixed[row], said(pool)[row], rtol=1e-4, atol=1e-4)
+
+
+def test_loading_in_the_middle_of_a_batch_changes_nothing(pool, truth):
+    for names in (["poems"] * 4, ["poems", None, "medicine", "poems"]):
+        with pool.rows(names):
+            pool.ensure(EXPERTS)
+            found = said(pool)
+            with pytest.raises(ModelError, match="a batch with rows"):
+                pool.activate("medicine")
+        for row, name in enumerate(names):
+            torch.testing.assert_close(found[row], truth[name][row], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixed_batch_holds_its_experts_once_more_and_lets_them_go(pool):
+    with pool.rows(["medicine", "poems", None, None]):
+        said(pool)
+        joined = pool._joined
+        assert len(joined._factors) > 0
+    with pool.rows([None, "poems", "medicine", None]):
+        assert pool._joined is joined  # the same experts in other rows
+        said(pool)
+    pool.limit = pool.bytes
+    pool.ensure(["history.v2"])
+    assert pool._joined is not joined
+    assert not pool._joined._factors
 
 
 def test_rows_generate(pool):
@@ -93,7 +145,7 @@ def test_a_batch_that_fails_leaves_nothing_behind(pool, truth):
     with pytest.raises(ZeroDivisionError), pool.rows(["poems", None, None, None]):
         1 / 0  # noqa: B018
     assert torch.equal(said(pool), truth[None])
-    with pytest.raises(ValueError, match="number of inputs"), pool.rows(["poems"]):
+    with pytest.raises(ModelError, match="2 experts given for a batch of 4"), pool.rows(["poems", None]):
         said(pool)
     assert torch.equal(said(pool), truth[None])
 

@@ -20,9 +20,9 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 
 from retain.errors import ModelError
-from retain.experts import low_rank
 from retain.experts.adapter import WEIGHTS
 from retain.experts.library import ExpertLibrary
+from retain.experts.mixed import Joined, Rows
 
 _BASE = "__base__"  # PEFT's name for rows without an adapter
 
@@ -37,7 +37,8 @@ class _Loaded:
 class AdapterPool:
     """The experts of a library on one model.
 
-    One batch runs at a time: hold `lock` from `activate` to the end of the pass; `rows` holds it itself.
+    One batch runs at a time: hold `lock` from `activate` to the end of the pass; `rows` holds it itself. The experts of
+    a batch with several are held a second time, side by side (`mixed.Joined`), until another set of them is asked.
 
     Args:
         model: the base, without adapters; it stays usable as it is, and is what passes are called on.
@@ -53,10 +54,9 @@ class AdapterPool:
         self._peft: PeftModel | None = None
         self._layers: list[Any] = []  # those that PEFT adapted, each a LoraLayer
         self._acting: list[str] = []  # PEFT's name for the active one; every layer holds this very list
-        self._rows: list[str] | None = None  # PEFT's names for the rows of the batch that is running
+        self._rows: Rows | None = None  # of the batch that is running, where they differ
+        self._joined = Joined(frozenset())  # factors of the experts of the last such batch
         self._in_batch: frozenset[str] = frozenset()
-        self._stacks = low_rank.Stacks()
-        self._plain: set[int] = set()  # ids of the layers whose rows are computed by the stacks
         self._made = 0
 
     @property
@@ -102,9 +102,11 @@ class AdapterPool:
         """Let one expert answer, or the base with None; loads it when it is not there.
 
         Raises:
-            ConfigError, ModelError: as `ensure`.
+            ConfigError, ModelError: as `ensure`; or inside of `rows`.
         """
         with self.lock:
+            if self._in_batch:
+                raise ModelError("activate: a batch with rows of its own is running. Switch before or after it.")
             before, self.active = self.active, None  # the one that answered may make room
             try:
                 self.ensure([name])
@@ -127,14 +129,16 @@ class AdapterPool:
         """
         with self.lock:
             self.ensure(names)
-            before = self._rows, self._in_batch
+            before = self._rows, self._in_batch, list(self._acting)
+            keys = [None if name is None else self._loaded[name].key for name in names]
             self._in_batch = frozenset(name for name in names if name is not None)
-            self._tell([_BASE if name is None else self._loaded[name].key for name in names])
+            alike = len(set(keys)) < 2
+            self._rows = None if alike else self._mixed(keys)
+            self._acting[:] = [key for key in keys[:1] if key is not None] if alike else []
             try:
                 yield
             finally:
-                rows, self._in_batch = before
-                self._tell(rows)
+                self._rows, self._in_batch, self._acting[:] = before
 
     # -- inside --------------------------------------------------------------------------------------------
     def _size(self, name: str | None) -> int:
@@ -193,39 +197,36 @@ class AdapterPool:
             raise ModelError(f"{missing[0]} is missing")
 
     def _collect(self) -> None:
-        """Find the adapted layers, which a new expert may add to, and set all of them as things stand."""
+        """Find the adapted layers, which a new expert may add to, and let all of them look at our list."""
         known = set(map(id, self._layers))
         self._layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
-        self._stacks.clear()
-        self._plain = {id(layer) for layer in self._layers if low_rank.plain(layer)}
         for layer in self._layers:
             if id(layer) not in known:
-                layer.register_forward_pre_hook(self._tell_rows, with_kwargs=True)
-                layer.register_forward_hook(self._add_rows)
+                if isinstance(layer.get_base_layer(), torch.nn.Linear):
+                    layer.register_forward_hook(self._add_rows)
+                else:
+                    layer.register_forward_pre_hook(self._tell_rows, with_kwargs=True)
             layer._active_adapter = self._acting
-        self._point()
 
-    def _tell(self, rows: list[str] | None) -> None:
-        self._rows = rows
-        if rows is not None:
-            self._stacks.begin(rows, _BASE)
-        self._point()
+    def _mixed(self, keys: list[str | None]) -> Rows:
+        used = frozenset(key for key in keys if key is not None)
+        if used != self._joined.keys:
+            self._joined = Joined(used)
+        return Rows(keys, self._joined)
+
+    def _add_rows(self, layer: Any, args: tuple[Any, ...], output: torch.Tensor) -> Any:
+        """In a mixed batch no adapter acts by itself: what the base says gets each row's own."""
+        return None if self._rows is None else self._rows.add(layer, args[0], output)
 
     def _tell_rows(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Layers that the stacks do not know, such as adapted embeddings, are left to PEFT."""
-        if self._rows is None or id(layer) in self._plain:
+        """Embeddings and convolutions are left to PEFT, which goes from expert to expert."""
+        if self._rows is None:
             return None
-        return args, kwargs | {"adapter_names": self._rows}
-
-    def _add_rows(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
-        if self._rows is None or id(layer) not in self._plain:
-            return None
-        return self._stacks.added(layer, args[0], output)
+        return args, kwargs | {"adapter_names": [_BASE if key is None else key for key in self._rows.keys]}
 
     def _point(self) -> None:
         """Set which adapter acts. PEFT's own `set_adapter` visits all weights, to say which of them learn."""
-        alone = self.active if self._rows is None else None  # what rows have is added to the base's output
-        self._acting[:] = [] if alone is None else [self._loaded[alone].key]
+        self._acting[:] = [] if self.active is None else [self._loaded[self.active].key]
 
     def _parts(self, key: str) -> list[torch.Tensor]:
         """Everything that is in memory because of one adapter."""
@@ -242,14 +243,16 @@ class AdapterPool:
         self._delete(self._loaded.pop(name).key)
         if name == self.active:
             self.active = None
-        self._point()
 
     def _delete(self, key: str) -> None:
         if self._peft is None or key not in self._peft.peft_config:
             return
+        acting = list(self._acting)
         self._acting.clear()  # so that PEFT looks for no other to act instead
         self._peft.delete_adapter(key)
-        self._stacks.clear()
+        self._acting[:] = [one for one in acting if one != key]
+        if key in self._joined.keys:
+            self._joined = Joined(frozenset())
 
 
 def open_pool(library: ExpertLibrary, limit: int | None = None) -> tuple[AdapterPool, Any]:
