@@ -1,7 +1,10 @@
-"""`retain experts`: a library of adapters of one base: add, train, list, show, remove, rename, export."""
+"""`retain experts`: a library of adapters of one base: add, train, list, show, route, remove, rename, export."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from retain.config import RunConfig
     from retain.experts.card import ExpertCard
     from retain.experts.library import ExpertLibrary
+    from retain.experts.routing.base import Router
 
 app = typer.Typer(help="Experts: adapters for many domains on one base.", no_args_is_help=True)
 
@@ -155,6 +159,48 @@ def export(
     typer.echo(f"Adapter: {shelf.export(names[0], to)}")
 
 
+@app.command()
+def route(
+    question: Annotated[str | None, typer.Argument(help="A question; without one the router is only fitted.")] = None,
+    library: Folder = "experts",
+    router: Annotated[
+        str | None, typer.Option("--router", "-r", help="combined (default), keyword, gate, prototype or likelihood.")
+    ] = None,
+    why: Annotated[bool, typer.Option("--why", help="Say why, and how likely every expert is.")] = False,
+    others: Annotated[
+        str | None, typer.Option(help="Questions for nobody, instead of the built-in ones: a .txt, or rows.")
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="prototype: a sentence-transformers model instead of the base.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the choice as JSON.")] = False,
+) -> None:
+    """Say which expert answers a question, or that the base does.
+
+    The router learns from the questions on the experts' cards: on first use, and again when they change.
+    """
+    import dataclasses
+    import json
+
+    from retain.experts.routing.opening import DEFAULT
+
+    found = _router(_library(library), router or DEFAULT, others, embedding)
+    if question is None:
+        known = ", ".join(found.experts)
+        typer.echo(f"{found.name}: {found.calibration.right:.1%} of held-out questions right; knows {known}")
+        return
+    (choice,) = found.route([question])
+    if json_:
+        typer.echo(json.dumps(dataclasses.asdict(choice), ensure_ascii=False))
+        return
+    typer.echo(f"{choice.expert or 'base'}  {choice.confidence:.0%}")
+    if why:
+        typer.echo(choice.why)
+        for name, chance in sorted(choice.scores.items(), key=lambda one: -one[1]):
+            typer.echo(f"  {chance:>4.0%}  {name}")
+        typer.echo(f"{1000 * choice.seconds:.0f} ms")
+
+
 def _library(folder: str) -> ExpertLibrary:
     from retain.experts.library import ExpertLibrary
 
@@ -199,6 +245,38 @@ def _add(
         f"Expert: {shelf.path(name)}  [dim]rank {card.rank}, {_size(card.bytes)}, {len(card.examples)} examples[/dim]",
         highlight=False,
     )
+
+
+def _router(shelf: ExpertLibrary, name: str, others: str | None, embedding: str | None) -> Router:
+    """The router of a library; the base is opened only for those that read with it."""
+    from retain.cli.common import quiet_libraries
+    from retain.experts.routing.opening import open_router, reads_with_base
+
+    nobody = None
+    if others:
+        from retain.experts.made import questions_of
+
+        nobody = questions_of(others, 10**6)
+    base: tuple[Any, Any] = (None, None)
+    if reads_with_base(name, embedding) and shelf.base is not None:
+        quiet_libraries()
+        from retain.experts.pool import open_pool
+
+        base = open_pool(shelf)
+    said = partial(typer.echo, err=True)
+    return open_router(shelf, *base, name, others=nobody, embedding=embedding, watched=_reading, say=said)
+
+
+@contextmanager
+def _reading(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error while questions are read."""
+    from rich.console import Console
+
+    from retain.training.watch import bar
+
+    with bar(transient=True, console=Console(stderr=True)) as progress:
+        job = progress.add_task("reading questions", total=total, note="")
+        yield lambda n: progress.update(job, advance=n)
 
 
 def _settings(

@@ -52,6 +52,20 @@ def similarities(model: str, texts: Sequence[str], references: Sequence[Sequence
     ]
 
 
+def vectors(model: str, texts: Sequence[str], where: str) -> Any:
+    """Embeddings [n, E] of texts, at length 1, float32 on the CPU; as a numpy array.
+
+    Args:
+        where: what an error begins with.
+
+    Raises:
+        ConfigError: sentence-transformers is not installed.
+        ModelError: the model cannot be loaded.
+    """
+    require_embeddings(where)
+    return _load(model).encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+
+
 @functools.lru_cache(maxsize=1)
 def _load(model: str) -> Any:
     from sentence_transformers import SentenceTransformer
