@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 def command(
-    library: Annotated[str, typer.Option("--library", "-l", help="Folder of the experts.")] = "experts",
+    library: Annotated[
+        str, typer.Option("--library", "-l", envvar="RETAIN_EXPERTS", help="Folder of the experts.")
+    ] = "experts",
     ask: Annotated[str | None, typer.Option(help="Answer this and end; who answered goes to standard error.")] = None,
     expert: Annotated[
         str | None, typer.Option(help="Who answers: a name, or base; the router chooses by itself.")
     ] = None,
-    router: Annotated[str | None, typer.Option(help="keyword, prototype, likelihood, gate, or none.")] = None,
+    router: Annotated[str | None, typer.Option(help="A router, as `retain experts route` names it, or none.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens per answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.0,
     top_p: Annotated[

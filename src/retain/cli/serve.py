@@ -13,11 +13,13 @@ KEYS = "RETAIN_API_KEYS"
 
 
 def command(
-    library: Annotated[str, typer.Option("--library", "-l", help="Folder of the experts.")] = "experts",
+    library: Annotated[
+        str, typer.Option("--library", "-l", envvar="RETAIN_EXPERTS", help="Folder of the experts.")
+    ] = "experts",
     host: Annotated[str, typer.Option(help="Address to listen on; this machine alone by default.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     key: Annotated[list[str] | None, typer.Option(help=f"Key that requests must bring; also {KEYS}=ONE,TWO.")] = None,
-    router: Annotated[str | None, typer.Option(help="keyword, prototype, likelihood, gate, or none.")] = None,
+    router: Annotated[str | None, typer.Option(help="A router, as `retain experts route` names it, or none.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Most answers written at a time.")] = 8,
     queue: Annotated[int, typer.Option(min=1, help="Most requests that wait; more are answered with 429.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens per answer.")] = 1024,

@@ -171,7 +171,7 @@ def test_64_clients_at_once_some_of_whom_leave(server, engine, alone):
 
     for (name, kind, question, limit), (who, text) in zip(jobs, asyncio.run(all_of_them()), strict=True):
         assert who == name, "the router goes by the name in the question"
-        whole = alone(expert(name), user(question), 300 if kind == "leaves" else limit)[0]
+        whole = alone(expert(name), user(question), 20 if kind == "leaves" else limit)[0]
         assert whole.startswith(text) if kind == "leaves" else whole == text
     until(lambda: engine.running == engine.waiting == before == 0)
 
