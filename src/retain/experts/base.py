@@ -11,6 +11,7 @@ from typing import BinaryIO
 from retain.config import STARTER
 from retain.errors import ModelError
 from retain.models.load import resolve
+from retain.models.starter import starter_found
 
 _PARTS, _PART = 8, 512  # of every tensor so many pieces of so many bytes are looked at
 
@@ -50,10 +51,8 @@ def short(name: str) -> str:
     """`starter` for the starter's own folder; other names as they are."""
     if name == STARTER or not Path(name).is_dir():
         return name
-    try:
-        return STARTER if Path(resolve(STARTER)).samefile(name) else str(Path(name).resolve())
-    except ModelError:
-        return str(Path(name).resolve())
+    here = starter_found()
+    return STARTER if here is not None and here.samefile(name) else str(Path(name).resolve())
 
 
 def _folder(name: str) -> Path | None:

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from retain.errors import ConfigError, ModelError, unknown
 from retain.experts.card import VERSION, ExpertCard
-from retain.experts.names import check_name
+from retain.experts.names import can_be, check_name
 from retain.results import write_text
 
 CARD, README = "card.json", "README.md"
@@ -51,9 +51,7 @@ class ExpertLibrary:
         return sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".") and (p / CARD).is_file())
 
     def __contains__(self, name: object) -> bool:
-        return (
-            isinstance(name, str) and bool(name) and not name.startswith(".") and (self.folder / name / CARD).is_file()
-        )
+        return isinstance(name, str) and can_be(name) and (self.folder / name / CARD).is_file()
 
     def path(self, name: str) -> Path:
         """The folder of an expert.

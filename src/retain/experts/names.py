@@ -28,6 +28,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def can_be(name: str) -> bool:
+    """Whether an expert may be called so; "poems/../medicine" may not, though it leads to a folder."""
+    return not _reason(name)
+
+
 def _reason(name: str) -> str:
     if not name:
         return "is empty"

