@@ -1,11 +1,10 @@
 """Which router finds the right expert, how sure it is, and what that costs: docs/routing.md.
 
-    python bench/routing.py --data DATA                      # measure, and write the page
-    python bench/routing.py --data DATA --experts LIBRARY    # with the likelihood router, on trained experts
-    python bench/routing.py                                  # the page from the numbers that are there
+    python bench/routing.py --data DATA    # measure, and write the page
+    python bench/routing.py                # the page from the numbers that are there
 
 DATA is a folder with data sets (reasoning_gym, chinese_idioms, chinese_poetry, trivia_history, medmcqa,
-cl_benchmark/dbpedia, dolly), each with train.jsonl and test.jsonl. LIBRARY holds experts named as the domains.
+cl_benchmark/dbpedia, dolly), each with train.jsonl and test.jsonl.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from routing_page import page
 from routing_questions import NEAR, Questions, near_prompts, read, stripped
 from safetensors.numpy import load_file, save_file
 from side_by_side import Company, Settings
@@ -135,7 +135,6 @@ def timed(routers: dict[str, Router], model: Any, tokenizer: Any, prompts: Seque
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--experts", type=Path)
     parser.add_argument("--model", default="starter")
     parser.add_argument("--fit", type=int, default=48)
     parser.add_argument("--held", type=int, default=80)
@@ -150,8 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = carry_out(given, lambda line: print(line, file=sys.stderr, flush=True))
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    from routing_page import page
-
     text = page(json.loads(given.out.read_text(encoding="utf-8")))
     given.page.write_text(text, encoding="utf-8")
     print(text)

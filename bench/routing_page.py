@@ -9,7 +9,8 @@ from retain.experts.routing.opening import DEFAULT
 
 _TEXT = """# Which expert answers
 
-Written by `python bench/routing.py --data DATA`, on {machine}, with {model} ({numbers}) as the base.
+Written by `python bench/routing.py --data DATA`, on {machine},
+with {model} ({numbers}) as the base.
 
 Six domains, {fit} example questions each, are learnt by every router, with {nobody} questions for nobody: some of the
 core suite, and half of the built-in everyday requests in English and Chinese. It is then asked {domains} other
@@ -33,8 +34,9 @@ questions of the domains, and {core} other questions of the core suite, which ar
   choices against all answers of {tokens} tokens by the base (`generate`), taken in turn. Other programs used
   {others:.0%} of the machine meanwhile, which lengthens both.
 
-The default is `{default}`{verdict}. `keyword` needs no model: it is what to take where one is not at hand (in front of
-another server). `likelihood` is not in this table: {likelihood}
+The default is `{default}`{verdict}.
+`keyword` needs no model: it is what to take where none is at hand. `likelihood` was not measured here: it needs trained
+experts, and reads a question once with each of them and once with the base.
 
 ## By domain
 
@@ -58,12 +60,13 @@ nobody is the remedy.
 
 {kinds}
 
-*Core without {near}*: the core suite has sums, and dates of history; a person might give these to the experts.
+*Core without {near}*: the core suite has sums, and dates of history; a person might give these
+to the experts.
 
 ## How much of the base is read
 
 `{default}` with hidden states of the base after so many of its layers; {layers} are read. The time of reading grows
-with them. Asked on the first test rows, on which this was chosen.
+with them; most differences are smaller than the intervals. Asked on the first test rows, on which this was chosen.
 
 {depths}
 """
@@ -86,7 +89,6 @@ def page(results: Mapping[str, Any]) -> str:
         elsewhere=best["elsewhere"][3],
         default=DEFAULT,
         verdict=", which meets the aims: 95 % right together, and less than 10 % of the answer's time" if met else "",
-        likelihood=likelihood,
         others=seconds["others"],
         near=" and ".join(sizes["near"]),
         table=_table(
