@@ -78,9 +78,6 @@ def page(results: Mapping[str, Any]) -> str:
     given = {name: one["given"] for name, one in routers.items()}
     best = given[DEFAULT]
     met = best["all"][0] >= 0.95 and _of_answer(seconds, DEFAULT) < 0.10
-    likelihood = (
-        "it needs trained experts (`--experts`), and reads a question once with each of them and with the base."
-    )
     return _TEXT.format(
         **results["about"],
         **{key: sizes[key] for key in ("fit", "nobody", "timed", "tokens", "layers")},
