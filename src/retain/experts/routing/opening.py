@@ -128,7 +128,7 @@ def make(name: str, pool: AdapterPool | None, tokenizer: Any, embedding: str | N
     Raises:
         ConfigError: unknown router, or a model that it needs is not given.
     """
-    needed = reads_with_base(name, embedding)
+    reads_with_base(name, embedding)
     if name == "keyword":
         from retain.experts.routing.keyword import Keyword
 
@@ -137,7 +137,7 @@ def make(name: str, pool: AdapterPool | None, tokenizer: Any, embedding: str | N
         from retain.experts.routing.prototype import Prototype, embedding_reader
 
         return Prototype(embedding_reader(embedding), embedding=embedding)
-    if needed and (pool is None or tokenizer is None):
+    if pool is None or tokenizer is None:
         raise ConfigError(f"router: '{name}' reads questions with the base model, and none is given. Use `keyword`.")
     if name == "likelihood":
         from retain.experts.routing.likelihood import Likelihood, pool_scorer
