@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nobody", type=int, default=120)
     parser.add_argument("--timed", type=int, default=24)
     parser.add_argument("--depths", type=float, nargs="*", default=DEPTHS)
-    parser.add_argument("--states", type=Path, default=ROOT / "bench" / "out" / "routing_states.safetensors")
+    parser.add_argument("--states", type=Path, default=ROOT / "bench" / "out" / "routing")  # a file per model
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "routing.md")
     given = parser.parse_args(argv)
@@ -162,7 +162,7 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     model.eval()
     near, plain = near_prompts(), read(given.data, given.fit, given.held, given.nobody)
     bare = Questions(**{**vars(plain), "fit": stripped(plain.fit), "held": stripped(plain.held)})
-    store = Store(model, tokenizer, given.states, say)
+    store = Store(model, tokenizer, given.states / f"{Path(given.model).name}.safetensors", say)
     kinds: dict[str, Callable[[], Router]] = {
         "keyword": Keyword,
         "prototype": lambda: Prototype(store.reader(DEPTH)),

@@ -44,7 +44,7 @@ def data(tmp_path):
 
 def test_every_number_is_measured_and_shown(data, tiny_folder, tmp_path, capsys):
     out, page = tmp_path / "routing.json", tmp_path / "routing.md"
-    same = ["--model", str(tiny_folder), "--out", str(out), "--page", str(page)]
+    same = ["--model", str(tiny_folder), "--out", str(out), "--page", str(page), "--states", str(tmp_path / "states")]
     size = ["--fit", "5", "--held", "4", "--nobody", "20", "--timed", "2", "--depths", "0.5", "1.0"]
     assert routing.main(["--data", str(data), *same, *size]) == 0
     found = json.loads(out.read_text(encoding="utf-8"))
@@ -60,6 +60,7 @@ def test_every_number_is_measured_and_shown(data, tiny_folder, tmp_path, capsys)
     assert routing_page.page(found) == text == capsys.readouterr().out[:-1]
     low, high = found["routers"]["gate"]["given"]["all"][1:3]
     assert f"({100 * low:.1f}–{100 * high:.1f})" in text
+    assert len(list((tmp_path / "states").iterdir())) == 2, "states and their texts are kept"
     assert routing.main(same) == 0
     assert page.read_text(encoding="utf-8") == text
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from retain.errors import ConfigError, ModelError
-from retain.models.embedding import similarities
+from retain.models.embedding import similarities, vectors
 
 here = pytest.mark.skipif(
     importlib.util.find_spec("sentence_transformers") is None, reason="the extra `similarity` is not installed"
@@ -53,3 +53,11 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'retain-llm\[similarity\]'"):
         similarities("any", ["a"], [["b"]])
+
+
+@here
+def test_vectors_have_length_one_and_the_cosines_of_similarities(tiny_embedding: Path):
+    found = vectors(str(tiny_embedding), ["the bird", "a bird flies"], "test")
+    assert (found**2).sum(1) == pytest.approx([1, 1], abs=1e-5)
+    (cosine,) = similarities(str(tiny_embedding), ["the bird"], [["a bird flies"]])
+    assert float(found[0] @ found[1]) == pytest.approx(cosine, abs=1e-5)

@@ -186,3 +186,12 @@ print(router.route([{NEW["poems"][0]!r}])[0].expert, "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["poems", "False"]
+
+
+def test_prototypes_of_embeddings_need_no_base(library, tiny_embedding, fits):
+    pytest.importorskip("sentence_transformers")
+    router = open_router(library, name="prototype", embedding=str(tiny_embedding), others=OTHERS)
+    assert router.learned["prototypes"].shape[0] == len(EXAMPLES)
+    assert router.route(NEW["poems"])[0].scores.keys() == EXAMPLES.keys()
+    open_router(library, name="prototype", embedding=str(tiny_embedding), others=OTHERS)
+    assert len(fits) == 1
