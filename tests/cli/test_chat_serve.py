@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ def alone(tiny_folder, shelf):
 def typed(shelf, monkeypatch, capsys):
     """Runs a command; gives its exit code, standard output and standard error."""
     monkeypatch.setattr(opening, "router_of", lambda library, *rest: ByWord(library.names()))
+    monkeypatch.setenv("COLUMNS", "200")
 
     def call(*words: str, lines: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -143,6 +145,10 @@ def test_a_public_address_without_keys_is_warned_of(typed, monkeypatch):
 
     monkeypatch.setattr(running.Server, "run", lambda server: None)
     monkeypatch.delenv("RETAIN_API_KEYS", raising=False)
+    closed = []
+    handler = logging.NullHandler()
+    monkeypatch.setattr(handler, "close", lambda: closed.append(handler))
     assert "can be reached by others" in typed("serve", "--host", "0.0.0.0")[1]
     assert "can be reached by others" not in typed("serve", "--host", "0.0.0.0", "--key", "k")[1]
     assert "can be reached by others" not in typed("serve")[1]
+    assert not closed, "the program's own logging goes on"

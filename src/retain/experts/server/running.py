@@ -24,7 +24,9 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, service: Service, host: str, port: int, grace: float = 30.0, **options: Any) -> None:
-        options = {"log_level": "warning", "lifespan": "on", "timeout_graceful_shutdown": 1, **options}
+        # no `log_config`: uvicorn's closes all handlers that there are, also those of the program around it
+        usual = {"log_level": "warning", "log_config": None, "lifespan": "on", "timeout_graceful_shutdown": 1}
+        options = usual | options
         super().__init__(uvicorn.Config(service.app, host=host, port=port, **options))
         self.service, self.grace = service, grace
         self._told: float | None = None
