@@ -192,9 +192,16 @@ def test_a_pull_sees_both_parts(tmp_path):
     assert min(terms) > 0
 
 
+def test_it_may_stand_before_lora(tmp_path):
+    one, other = (
+        task(tmp_path / str(i), "one", 1, methods, steps=2)
+        for i, methods in enumerate(([LoRA(r=4), SharedLoRA(r=2)], [SharedLoRA(r=2), LoRA(r=4)]))
+    )
+    assert same_bits(stored(one.model), stored(other.model))
+
+
 def test_mistakes_are_one_line(model, tmp_path):
     cases = [
-        ([SharedLoRA(), LoRA()], "`lora` replaced its part"),
         ([LoRA(dora=True), SharedLoRA()], "needs plain factors"),
         ([LoRA(kind="ia3"), SharedLoRA()], "needs plain factors"),
     ]

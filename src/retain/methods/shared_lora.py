@@ -10,7 +10,7 @@ Deviations from the paper: two adapters in one, as their product is one of rows 
     taken out by r more rows and columns that stay as they are, so that every task begins at the model that was kept.
 Needs: nothing.
 Cost: r more rows and columns, 2r from the second task on; two factors per layer and task on disk.
-Combine with: lora (listed before it; without it a part of default settings), replay, distill, freeze, ewc, ilora.
+Combine with: lora (without it a part of default settings), replay, distill, freeze, ewc, ilora.
 Conflicts: olora (which keeps tasks out of each other's directions), slao (which has one adapter for all tasks),
     interpolate, subspace and shield (which need adapters that begin at zero), packnet (which keeps single weights),
     blocks (which trains whole ones), ogd (for which adapters begin every task alike).
@@ -107,8 +107,6 @@ class SharedLoRA(Method):
         check_factors(self.name, model)
         for name, pair in params.lora_pairs(model).items():
             own, rank = self._own.get(name, 0), self.config.r
-            if len(pair.A) != own + rank * (name in self._shared):
-                raise ConfigError("methods.shared_lora: `lora` replaced its part. List `lora` before it.")
             if name in self._shared and f"{name}.A" in self._kept:
                 a, b = self._kept[f"{name}.A"].to(pair.A), self._kept[f"{name}.B"].to(pair.B)
                 if len(a) != rank or a.shape[1] != pair.A.shape[1] or len(b) != len(pair.B):
