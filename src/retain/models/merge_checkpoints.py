@@ -1,4 +1,4 @@
-"""Merging whole checkpoints: read and written tensor by tensor, a shard at a time, visible when it is whole."""
+"""Merging whole checkpoints: read and written piece by piece, visible when it is whole."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from retain.errors import ModelError
 from retain.models.merge_recipe import Pieces, Recipe
 from retain.models.merge_sources import Model
-from retain.models.shards import Checkpoint
+from retain.models.shards import Checkpoint, Writer
 from retain.models.vocabulary import require_same
 
 Progress = Callable[[int], None]
@@ -131,7 +130,7 @@ def merge_checkpoints(
 ) -> int:
     """Write the merged model as a folder for transformers.
 
-    In memory are one shard of the output and pieces of `PIECE` entries. Sums are done in float32 (float64 where a
+    In memory are pieces of `PIECE` entries (of at least one row of a tensor). Sums are done in float32 (float64 where a
     model is); tensors that are not floating-point are taken as they are.
 
     Args:
@@ -185,37 +184,38 @@ def _one_thread() -> Iterator[None]:
 def _write_shard(
     recipe: Recipe, models: Sequence[Model], base: Model | None, like: Checkpoint, names: Sequence[str], file: Path
 ) -> None:
-    shard = {name: merged_tensor(recipe, models, base, like, name) for name in names}
-    save_file(shard, file, metadata={"format": "pt"})
+    with Writer(file, {name: (like.dtype(name), like.shape(name)) for name in names}) as out:
+        for name in out.order:
+            for piece in merged_pieces(recipe, models, base, like, name):
+                out.write(name, piece)
 
 
-def merged_tensor(recipe: Recipe, models: Sequence[Model], base: Model | None, like: Checkpoint, name: str) -> Tensor:
-    """One tensor of the merged model, in the dtype that it has in `like`."""
+def merged_pieces(
+    recipe: Recipe, models: Sequence[Model], base: Model | None, like: Checkpoint, name: str
+) -> Iterator[Tensor]:
+    """One tensor of the merged model, row by row of pieces, in the dtype that it has in `like`."""
     shape, kind = like.shape(name), like.dtype(name)
-    kinds = [model.checkpoint.dtype(name) for model in ([*models, base] if base else models)]
+    if 0 in shape:
+        return
+    height = max(1, PIECE // math.prod(shape[1:]))
+    length = shape[0] if shape else 1
+    spans = [slice(at, min(at + height, length)) for at in range(0, length, height)]
     same = {model.unchanged(name) for model in [*models, *([base] if base else [])]}
-    if not kind.is_floating_point or 0 in shape or same == {(like.folder, name)}:
-        return like.read(name)
+    if not kind.is_floating_point or same == {(like.folder, name)}:
+        yield from (like.read(name, span) for span in spans)
+        return
     wide = torch.float32
-    for other in kinds:
-        wide = torch.promote_types(wide, other)
+    for model in [*models, base] if base else models:
+        wide = torch.promote_types(wide, model.checkpoint.dtype(name))
 
     def reader(model: Model) -> Callable[[slice], Tensor]:
         return lambda span: model.read(name, span, wide)
 
-    merged = torch.empty(shape, dtype=kind)
-    rows = merged if shape else merged.reshape(1)
-    height = max(1, PIECE // rows[0].numel())
     pieces = Pieces(
-        name,
-        rows.numel(),
-        [slice(at, min(at + height, len(rows))) for at in range(0, len(rows), height)],
-        [reader(model) for model in models],
-        None if base is None else reader(base),
+        name, math.prod(shape), spans, [reader(model) for model in models], None if base is None else reader(base)
     )
-    for span, piece in recipe.combine(pieces):
-        rows[span] = piece
-    return merged
+    for _, piece in recipe.combine(pieces):
+        yield piece.to(kind)
 
 
 def _copy_settings(first: Checkpoint, like: Checkpoint, folder: Path) -> None:

@@ -1,8 +1,11 @@
-"""A model's folder in safetensors, read piece by piece: no more of it is in memory than was asked for."""
+"""A model's folder in safetensors, read and written piece by piece: no more of it is in memory than was asked for."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +29,11 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+_BEGIN = 1 << 24  # bytes after which they are sent to the disk
+#: Settings → tensors that are another one, as name → name.
+_TIED: dict[str, dict[str, str]] = {}
 
 
 @dataclass
@@ -70,16 +78,12 @@ class Checkpoint:
     @cached_property
     def stored(self) -> list[str]:
         """Names of the tensors without those that the model takes from another one (tied), should they be there."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         if self.settings.get("tie_word_embeddings") is False:
             return list(self.files)
-        try:
-            config = AutoConfig.from_pretrained(self.folder)
-            with torch.device("meta"):
-                tied = getattr(AutoModelForCausalLM.from_config(config), "all_tied_weights_keys", None) or {}
-        except (ValueError, OSError, ImportError):  # code of its own: nothing is known but the names
-            tied = {}
+        text = json.dumps(self.settings, sort_keys=True)
+        if text not in _TIED:  # a model without weights is made for it, once for models of one kind
+            _TIED[text] = _tied(self.folder)
+        tied = _TIED[text]
         return [name for name in self.files if tied.get(name) not in self.files]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -121,6 +125,17 @@ class Checkpoint:
         return self._open[name]
 
 
+def _tied(folder: Path) -> dict[str, str]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return getattr(AutoModelForCausalLM.from_config(config), "all_tied_weights_keys", None) or {}
+    except (ValueError, OSError, ImportError):  # code of its own: nothing is known but the names
+        return {}
+
+
 class _File:
     """A file in safetensors: eight bytes of length, a header in JSON, the tensors' bytes.
 
@@ -148,6 +163,62 @@ class _File:
             if not got:
                 raise ModelError(f"{self._path}: became shorter while it was read. Copy the model again.")
             into = into[got:]
+
+
+class Writer:
+    """A file in safetensors, written piece by piece: the library's own writer wants all at once, and copies them.
+
+    Args:
+        path: must not exist yet.
+        tensors: name → dtype and shape; written in the order of `order`.
+
+    Raises:
+        ModelError: on leaving, when a tensor is not whole.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+        # wide numbers first, so that every tensor begins at a multiple of the size of its numbers
+        self.order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+        names = {kind: name for name, kind in _DTYPES.items()}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._left: dict[str, int] = {}
+        self._waiting = 0
+        begin = 0
+        for name in self.order:
+            kind, shape = tensors[name]
+            self._left[name] = math.prod(shape) * kind.itemsize
+            end = begin + self._left[name]
+            header[name] = {"dtype": names[kind], "shape": list(shape), "data_offsets": [begin, end]}
+            begin = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._path, self._handle = path, open(path, "xb", buffering=0)  # noqa: SIM115  (closed on leaving)
+        self._put(memoryview(len(text).to_bytes(8, "little") + text))
+
+    def write(self, name: str, piece: Tensor) -> None:
+        """The next piece of a tensor, from its beginning on; tensors follow each other as in `order`."""
+        data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._left[name] -= len(data)
+        self._put(data)
+        self._waiting += len(data)
+        if self._waiting >= _BEGIN and hasattr(
+            os, "posix_fadvise"
+        ):  # the disk works while the next pieces are computed
+            os.posix_fadvise(self._handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._waiting = 0
+
+    def _put(self, data: memoryview) -> None:
+        while len(data):
+            data = data[self._handle.write(data) :]
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._handle.close()
+        odd = next((name for name, left in self._left.items() if left), None)
+        if error is None and odd is not None:
+            raise ModelError(f"{self._path}: '{odd}' is {self._left[odd]} bytes short. Merge again.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
