@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from run_kit import settings, write_config
+from typed import refused, retain
 
 from retain.cli import main
 from retain.config import parse
@@ -23,24 +24,6 @@ def short(shop: Path, output: Path, **changes: object) -> dict:
     """Settings of a run of one task and a few steps."""
     values = settings(shop, output, tasks=[str(shop / "count")], **changes)
     return values | {"train": values["train"] | {"max_steps": 3}}
-
-
-def retain(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["retain", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code in (0, None)
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line that a command with bad input says."""
-    monkeypatch.setattr(sys, "argv", ["retain", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("retain: ")
-    return line
 
 
 def numbers(place: Path) -> dict:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from expert_kit import adapter, alone
 from run_kit import response_rows, write_lines
+from typed import speaking
 
-from retain.cli import main
 from retain.experts.library import ExpertLibrary
 from retain.experts.pool import open_pool
 from retain.pipeline import load_run
@@ -36,18 +35,7 @@ def retain(desk: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.chdir(desk)
     monkeypatch.setenv("COLUMNS", "140")
 
-    def start(*words: str, refused: bool = False) -> str:
-        monkeypatch.setattr(sys, "argv", ["retain", "experts", *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        said = capsys.readouterr()
-        assert (stopped.value.code or 0) == (2 if refused else 0), said.err
-        if refused:
-            (line,) = (line for line in said.err.splitlines() if line.startswith("retain: "))
-            return line
-        return said.out
-
-    return start
+    return speaking(monkeypatch, capsys, "experts")
 
 
 def test_train_adds_what_it_learned_and_lost(retain, desk: Path) -> None:

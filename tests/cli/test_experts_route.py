@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import expert_kit
 import pytest
 from routing_kit import EXAMPLES, NEW
-
-from retain.cli import main
+from typed import speaking
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +29,7 @@ def route(shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     """`route(*words)`: what it printed; with `refused` the one line of the error."""
     monkeypatch.chdir(shelf)
 
-    def start(*words: str, refused: bool = False) -> str:
-        monkeypatch.setattr(sys, "argv", ["retain", "experts", "route", *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        said = capsys.readouterr()
-        assert (stopped.value.code or 0) == (2 if refused else 0), said.err
-        if refused:
-            (line,) = (line for line in said.err.splitlines() if line.startswith("retain: "))
-            return line
-        return said.out
-
-    return start
+    return speaking(monkeypatch, capsys, "experts", "route")
 
 
 def test_the_expert_and_how_sure(route) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,27 +10,10 @@ import torch
 from expert_kit import library
 from merge_kit import changes, weights, write_adapter, write_model
 from run_kit import settings
+from typed import refused, retain
 
-from retain.cli import main
 from retain.config import parse
 from retain.pipeline import load_run, run
-
-
-def retain(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["retain", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code in (0, None)
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line that a command with bad input says."""
-    monkeypatch.setattr(sys, "argv", ["retain", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
 
 
 @pytest.fixture(scope="module")

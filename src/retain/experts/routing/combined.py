@@ -17,7 +17,7 @@ from scipy.special import log_softmax
 from retain.experts.routing.base import Labels, Learned, Progress, Router
 from retain.experts.routing.gate import Gate
 from retain.experts.routing.keyword import Keyword
-from retain.experts.routing.prototype import Reader
+from retain.experts.routing.vectors import Reader
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from retain.experts.routing.base import Labels, Learned, Progress, Router
+from retain.experts.routing.base import Labels, Learned
 from retain.experts.routing.linear import fit_linear
-from retain.experts.routing.prototype import Reader, unit
+from retain.experts.routing.vectors import OnVectors, unit
 
 #: Inverse of the penalty on standardised states; 0.01 is about as good on the domains of bench/routing.py.
 STRENGTH = 0.1
 
 
-class Gate(Router):
+class Gate(OnVectors):
     """Multinomial logistic regression on standardised states.
 
     Args:
@@ -25,13 +22,6 @@ class Gate(Router):
     """
 
     name = "gate"
-
-    def __init__(self, reader: Reader, **settings: Any):
-        super().__init__(**settings)
-        self.reader = reader
-
-    def read(self, prompts: Sequence[str], progress: Progress = lambda n: None) -> NDArray[np.float32]:
-        return self.reader(prompts, progress)
 
     def learn(self, rows: NDArray[np.float32], labels: Labels) -> Learned:
         middle, spread = rows.mean(0), np.maximum(rows.std(0), 1e-6)

@@ -9,21 +9,19 @@ counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retain.experts.routing.base import Labels, Learned, Progress, Router
+from retain.experts.routing.base import Labels, Learned, Progress
+from retain.experts.routing.vectors import OnVectors, Reader, unit
 
 #: Means of the questions for nobody.
 GROUPS = 4
 
-Reader = Callable[..., NDArray[np.float32]]
 
-
-class Prototype(Router):
+class Prototype(OnVectors):
     """Cosine to the mean direction of the states of an expert's questions.
 
     Args:
@@ -32,13 +30,6 @@ class Prototype(Router):
     """
 
     name = "prototype"
-
-    def __init__(self, reader: Reader, **settings: Any):
-        super().__init__(**settings)
-        self.reader = reader
-
-    def read(self, prompts: Sequence[str], progress: Progress = lambda n: None) -> NDArray[np.float32]:
-        return self.reader(prompts, progress)
 
     def learn(self, rows: NDArray[np.float32], labels: Labels) -> Learned:
         from sklearn.cluster import KMeans
@@ -67,11 +58,6 @@ class Prototype(Router):
 
 def _standard(learned: Learned, rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return unit((rows - learned["middle"]) / learned["spread"])
-
-
-def unit(rows: NDArray[Any]) -> NDArray[Any]:
-    """Rows at length 1; a zero row stays zero."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
 def embedding_reader(model: str) -> Reader:
