@@ -19,6 +19,7 @@ from retain import presets
 from retain.errors import ConfigError, unknown
 from retain.settings import (
     STARTER,
+    BudgetConfig,
     ModelConfig,
     MonitorConfig,
     ProbeOptions,
@@ -33,6 +34,7 @@ __all__ = [
     "DEFAULT_METHODS",
     "PRIVATE_METHODS",
     "STARTER",
+    "BudgetConfig",
     "ModelConfig",
     "MonitorConfig",
     "ProbeOptions",
@@ -84,6 +86,8 @@ class RunConfig(Settings):
     """From which numbers on a run is called what."""
     monitor: MonitorConfig | None = None
     """Looks while training, and what they lead to; `true` for the usual ones, none when not given."""
+    budget: BudgetConfig | None = None
+    """How much may be forgotten; a number is `lose_at_most`, none when not given."""
     train: dict[str, Any] = {}
     """Any field of TRL's SFTConfig (a TrainingArguments): learning_rate, max_steps, bf16, …"""
     private: bool = False
@@ -121,6 +125,13 @@ class RunConfig(Settings):
     @classmethod
     def _monitor_switch(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return {} if value else None
+        return {"lose_at_most": value} if isinstance(value, int | float) else value
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -258,6 +269,7 @@ def _one_line(error: ValidationError, where: str) -> str:
             "entry": ReferenceConfig,
             "verdict": VerdictConfig,
             "monitor": MonitorConfig,
+            "budget": BudgetConfig,
         }
         schema: type[BaseModel] = RunConfig
         for part in first["loc"][:-1]:

@@ -192,6 +192,39 @@ class Drift(_Record):
     divergence: dict[str, Estimate] = {}
 
 
+class BudgetPoint(_Record):
+    """The model at a share of the way from where a task began to where it ended: 0 is the start, 1 the end."""
+
+    share: float
+    loss: Estimate | None  # mean over the probes that score between 0 and 1, against the base; positive = worse
+    upper: float | None  # one-sided bound of it, at the confidence of the budget
+    nats: float | None  # the same for perplexity, in nats per token
+    upper_nats: float | None
+    inside: bool
+
+
+class Budget(_Record):
+    """What the budget of a task came to (`training.budget`). `feasible`: some of what was learned is inside it."""
+
+    task: str
+    lose_at_most: float
+    lose_at_most_nats: float
+    confidence: float
+    probes: list[str]  # names of those it is on
+    items: int
+    feasible: bool
+    share: float  # of the way to what was learned, that was gone
+    points: list[BudgetPoint]  # all that was asked about, by share; the chosen one among them
+    learned: float | None = None  # gain of the task's own probes at the chosen share …
+    learned_without: float | None = None  # … and at 1, without a budget's last step
+    factor: float = 1.0  # on the strengths, at the end of training
+    drift: float | None = None  # nats per token at the last look, and the limit it was held to
+    drift_limit: float | None = None
+    taken_back: int = 0  # jumps that were taken back in part
+    items_needed: int | None = None  # to certify the whole step, where it was not
+    advice: list[str] = []  # what would help
+
+
 class Results(_Record):
     """Everything a report needs apart from the item tables."""
 
@@ -218,6 +251,7 @@ class Results(_Record):
     notes: list[str] = []  # what was done to the rows: held out, dropped, cut
     thresholds: Thresholds = Thresholds()
     drift: dict[str, Drift] = {}  # later stage → how its answers differ from those of the base
+    budgets: list[Budget] = []  # one per task, where the run has a budget
     ahead: list[str] = []  # tasks that the run has still to learn; everything above is about those it has learned
 
     @property

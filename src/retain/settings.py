@@ -1,4 +1,4 @@
-"""The sections of a run's configuration: model, tasks, probes, verdict, monitor. No torch here."""
+"""The sections of a run's configuration: model, tasks, probes, verdict, monitor, budget. No torch here."""
 
 from __future__ import annotations
 
@@ -203,3 +203,38 @@ class MonitorConfig(Settings):
         if not self.probes and (self.action != "warn" or self.early_stop):
             raise ValueError("an action and `early_stop` go by the probes, and there are none. Give `probes`")
         return self
+
+
+class BudgetConfig(Settings):
+    """How much may be forgotten: kept to while training, and made sure of afterwards."""
+
+    lose_at_most: float = Field(0.02, gt=0, lt=1)
+    """Largest mean loss over the probes that score between 0 and 1, against the base: 0.01 is one point."""
+    lose_at_most_nats: float = Field(0.05, gt=0, allow_inf_nan=False)
+    """The same for those that measure perplexity, in nats per token."""
+    on: list[str] | None = None
+    """What must be kept, as in `probes.reference`, where it is measured too; all that is named there when not given."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """How sure: the upper one-sided bound of the loss at this confidence must be inside the budget."""
+    every: int = Field(10, ge=1)
+    """Optimizer steps from one look at the drift to the next."""
+    anchors: str | None = None
+    """Texts on which the drift (divergence from the base) is taken, as in `monitor.anchors`."""
+    anchor_count: int = Field(256, ge=2)
+    """At most this many texts."""
+    anchor_tokens: int = Field(64, ge=2)
+    """At most this many tokens of each."""
+    drift: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Largest drift to train to, in nats per token. Not given: from `lose_at_most`, set right by asking the probes."""
+    calibrate: int = Field(3, ge=0)
+    """How often in a task the probes are asked while training, to learn how many points a drift costs."""
+    gain: float = Field(0.5, gt=0, le=2)
+    """How fast strengths and replay share follow: the exponent of a look that is twice the limit."""
+    least: float = Field(0.125, gt=0, le=1)
+    """Smallest factor on the strengths."""
+    most: float = Field(8.0, ge=1, allow_inf_nan=False)
+    """Largest factor on the strengths, and on the replay share as far as a batch has room."""
+    jump: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """A rise of the drift between two looks above this share of the limit is taken back in part (trust region)."""
+    tries: int = Field(6, ge=1)
+    """Most points between start and end that are asked about after training."""
