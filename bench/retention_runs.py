@@ -13,11 +13,10 @@ from typing import Any
 
 import yaml
 
-from retain.comparison import share_baseline
 from retain.config import DEFAULT_METHODS, RunConfig, parse
 from retain.report.wording import is_share
 from retain.results import load_items, load_results
-from retain.rundir import BASE, RunDirectory
+from retain.rundir import BASE, RunDirectory, share_baseline
 
 PRESETS = Path(__file__).parent.parent / "src" / "retain" / "presets"
 #: Families of short rows that plain training learns, as found by bench/learnable.py on training rows.

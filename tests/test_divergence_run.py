@@ -6,12 +6,11 @@ import pytest
 from run_kit import carry_out, settings, write_lines
 
 from retain.cli import probe
-from retain.comparison import share_baseline
 from retain.config import parse
 from retain.errors import DataError
 from retain.probes.divergence import Divergence
 from retain.results import load_items, load_results
-from retain.rundir import BASE, RunDirectory
+from retain.rundir import BASE, RunDirectory, share_baseline
 
 ROWS = [
     {"probe": "kl", "kind": "divergence", "text": "Seven small ships sailed over the sea."},

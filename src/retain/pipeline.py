@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from retain.methods import build
 from retain.methods.base import Stack
 from retain.outcome import outcome
 from retain.results import (
+    ProbeInfo,
     Results,
     StepSummary,
     load_items,
@@ -107,12 +109,25 @@ def check_directory(planned: Plan, rows: Rows, say: Say) -> dict[str, dict[str, 
     return data
 
 
-def run(config: RunConfig, say: Say = print) -> Results:
+@dataclass(frozen=True)
+class Watch:
+    """Told how a run stands while it goes on; what it raises ends the run, which can go on from there later.
+
+    `task` receives the results so far when a task is learned and measured and others follow, `look` the record of every
+    look of the monitor at the probes.
+    """
+
+    task: Callable[[Results], None] = lambda results: None
+    look: Callable[[dict[str, Any]], None] = lambda record: None
+
+
+def run(config: RunConfig, say: Say = print, watch: Watch | None = None) -> Results:
     """Carry out a run, or go on with it.
 
     Args:
         config: what to do.
         say: receives one line per event.
+        watch: is told how it stands.
 
     Returns:
         The results, which are also in `results.json`, `report.html` and `report.md` of the run directory. These are
@@ -121,8 +136,25 @@ def run(config: RunConfig, say: Say = print) -> Results:
     Raises:
         RetainError: anything in the input that cannot be used, or a full disk; nothing that was finished is lost.
     """
+    return _kept(config, lambda: _Runner(plan(config), say, watch or Watch()).run())
+
+
+def measure_base(config: RunConfig, say: Say = print) -> list[ProbeInfo]:
+    """Ask the base model alone, for other runs to take its answers over (`rundir.share_baseline`).
+
+    Returns:
+        The probes of the run.
+
+    Raises:
+        RetainError: as `run`.
+    """
+    return _kept(config, lambda: _Runner(plan(config), say, Watch()).base())
+
+
+def _kept(config: RunConfig, work: Callable[[], Any]) -> Any:
+    """What the work returns; a full disk as a line that says what to do."""
     try:
-        return _Runner(plan(config), say).run()
+        return work()
     except RetainError:
         raise
     except Exception as error:
@@ -137,21 +169,21 @@ def run(config: RunConfig, say: Say = print) -> Results:
 class _Runner:
     """The state of one `run` call."""
 
-    def __init__(self, planned: Plan, say: Say) -> None:
-        self.plan, self.config, self.say = planned, planned.config, say
+    def __init__(self, planned: Plan, say: Say, watch: Watch) -> None:
+        self.plan, self.config, self.say, self.watch = planned, planned.config, say, watch
         self.place = RunDirectory(self.config.directory)
         self.ranks = _ranks(bool(planned.train.get("use_cpu")))
         if not self.ranks.is_main_process:
             self.say = lambda line: None
 
-    def run(self) -> Results:
+    def base(self) -> list[ProbeInfo]:
+        """Read what there is to read, and ask the base; the probes."""
         config, place = self.config, self.place
         # everything that can be wrong with the input is found before anything is written
         with self.ranks.main_process_first():  # one process fills the caches
             rows = read_rows(config, self.plan.train, self.say)
         self.tokenizer, self.tasks, self.old, self.notes = rows.tokenizer, rows.tasks, rows.old, rows.notes
         self.plan.stack.check_inputs(self.tokenizer)
-        methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
         self.model: Any = None
         self.probes: list[Any] = []
         self.infos: list[Any] = []
@@ -166,6 +198,12 @@ class _Runner:
                 write_text(place.questions(name), lines)
             self._probe(BASE, 0)
         self.ranks.wait_for_everyone()
+        return self.infos
+
+    def run(self) -> Results:
+        place = self.place
+        self.base()
+        methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
         for index, task in enumerate(self.tasks, 1):
             stage = self.plan.stages[index]
             finished = place.done(stage) is not None
@@ -256,9 +294,11 @@ class _Runner:
         from retain.report.page import write_report
 
         stages = self.plan.stages[: index + 1]
-        save_results(outcome(self.config, self.place, stages, self.infos, methods, self.notes), self.place.path)
+        results = outcome(self.config, self.place, stages, self.infos, methods, self.notes)
+        save_results(results, self.place.path)
         write_report(self.place.path, lang=self.config.language)
         if following:
+            self.watch.task(results)
             self.say(f"{self.config.task_names[index - 1]}: report so far in {self.place.path / 'report.html'}.")
 
     def _precision(self) -> Any:
@@ -359,6 +399,7 @@ class _Runner:
             follow=index > 1,
             tokenizer=self.tokenizer,
             say=self.say,
+            looked=self.watch.look,
             **self.config.monitor.model_dump(),
         )
 

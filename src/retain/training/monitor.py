@@ -49,6 +49,7 @@ class ForgettingMonitor(TrainerCallback):
         follow: a baseline in `folder` holds for this training too: it is a later task of one run.
         tokenizer: when the trainer has none.
         say: receives one line per event; the log of this module when not given.
+        looked: receives the record of every look at the probes.
         settings: fields of `MonitorConfig`.
 
     Raises:
@@ -76,6 +77,7 @@ class ForgettingMonitor(TrainerCallback):
         follow: bool = False,
         tokenizer: Any = None,
         say: Callable[[str], None] | None = None,
+        looked: Callable[[dict[str, Any]], None] = lambda record: None,
         **settings: Any,
     ) -> None:
         given: list[Source] = [probes] if isinstance(probes, str | Path | Probe) else list(probes or ())
@@ -93,7 +95,7 @@ class ForgettingMonitor(TrainerCallback):
         self.texts = list(anchors)[: c.anchor_count]
         self._places = (folder, log)
         self.task, self.follow, self.tokenizer = task, follow, tokenizer
-        self.say = say or logger.warning
+        self.say, self.looked = say or logger.warning, looked
         self.trainer: Any = None
         self.standing = Standing()
         self._looked = -1  # the step of the last look
@@ -162,6 +164,8 @@ class ForgettingMonitor(TrainerCallback):
             self._put_back(model)
         for line in made.say if PartialState().is_main_process else ():
             self.say(f"monitor, {line}")
+        if record.get("why"):
+            self.looked(record)
         control.should_training_stop |= made.stop
         control.should_save |= c.checkpoint
         if made.keep and args.save_strategy == "no" and not c.checkpoint:
@@ -229,6 +233,7 @@ class ForgettingMonitor(TrainerCallback):
                 {"low": forgotten.low, "high": forgotten.high} if forgotten else {}
             )
             record |= {"difference": verdict.difference.model_dump() if verdict.difference else None}
+            record |= {"learned": verdict.learned.model_dump() if verdict.learned else None}
             record |= {"improvement": numbers.improvement, "score": score}
             drops = {name: one["forgetting"] for name, one in shown.items() if one["role"] == "reference"}
             made = decide(c, self.standing, state.global_step, verdict.forgetting, score, drops)
