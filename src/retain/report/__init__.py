@@ -12,7 +12,7 @@ Reads the files of a run directory and nothing else: no model, no network, no to
     gate.py      a limit on forgetting             card.py      a model card for the hub
     changed.py   how the answers changed           dynamics.py  a forgetting curve and its forecast
     retention.py domains, before and after         trend.py     what a monitor saw while training
-    totals.py    F1, BLEU, every class
+    totals.py    F1, BLEU, every class             search.py    what a search found
 
 `report.html.j2` takes each section from a file in `parts/`.
 """

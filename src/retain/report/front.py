@@ -30,15 +30,24 @@ def pareto(points: Sequence[Place]) -> list[int]:
     return sorted((i for i, point in enumerate(points) if not beaten(point)), key=lambda i: points[i])
 
 
-def learned_kept(points: Sequence[tuple[str, Estimate, Estimate]], unit: str, confidence: float = 0.95) -> Picture:
+def learned_kept(
+    points: Sequence[tuple[str, Estimate, Estimate]],
+    unit: str,
+    confidence: float = 0.95,
+    base: float = 100.0,
+    kept_axis: str | None = None,
+) -> Picture:
     """Scatter of runs: right is learned more, up is kept more; the base stands at (0, 100 %).
 
     Args:
         points: label, mean gain on the new tasks, percentage kept of the old abilities; a run's colour is that of
-            its place. An interval that is nan is not drawn.
+            its place. An interval that is nan is not drawn. A point with the label "" is small, grey and has no
+            intervals: one of many that were beaten.
         unit: of the gains, such as "points".
+        base: where the base stands, when what is kept is told by another number than a percentage.
+        kept_axis: the words for that number.
     """
-    places = [(0.0, 100.0), *((learned.value, kept.value) for _, learned, kept in points)]
+    places = [(0.0, base), *((learned.value, kept.value) for _, learned, kept in points)]
     best = pareto(places)
     # The boundary of what was reached: going right from one point of the front, what is kept falls at once.
     front = [(min(x for x, _ in places), max(y for _, y in places))]
@@ -51,6 +60,9 @@ def learned_kept(points: Sequence[tuple[str, Estimate, Estimate]], unit: str, co
         axes.plot(*places[0], "D", color=BEFORE, markersize=7)
         for k, (_, learned, kept) in enumerate(points):
             colour, (x, y) = LINES[k % 7], places[k + 1]
+            if not points[k][0]:
+                axes.plot(x, y, "o", color=BEFORE, markersize=4, markerfacecolor="white", zorder=2)
+                continue
             whiskers = [((learned.low, y), (learned.high, y)), ((x, kept.low), (x, kept.high))]
             for whisker, ends in zip(whiskers, "|_"):
                 if np.isfinite(whisker).all():
@@ -60,11 +72,12 @@ def learned_kept(points: Sequence[tuple[str, Estimate, Estimate]], unit: str, co
             inner: dict[str, Any] = {"markerfacecolor": colour if on_front else "white", "zorder": 3 + on_front}
             axes.plot(x, y, "o", color=colour, markersize=8, markeredgewidth=1.6, **inner)
         axes.margins(0.08)
-        axes.set_ylim(min(axes.get_ylim()[0], 80), max(axes.get_ylim()[1], 103))  # a loss of 1 % must not fill it
+        if kept_axis is None:
+            axes.set_ylim(min(axes.get_ylim()[0], 80), max(axes.get_ylim()[1], 103))  # a loss of 1 % must not fill it
         axes.grid(color=(0.5, 0.5, 0.5, 0.25), linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlabel(say("compare.learned_axis", unit=unit))
-        axes.set_ylabel(say("compare.kept_axis"))
+        axes.set_ylabel(kept_axis or say("compare.kept_axis"))
         with any_script():
             _name(axes, [say("stage.base"), *(short(label, 22) for label, _, _ in points)], places, lines)
     alt = say("compare.alt", percent=percent(f"{100 * confidence:g}"))
@@ -79,6 +92,10 @@ def _name(axes: Axes, names: Sequence[str], places: Sequence[Place], lines: Sequ
     figure.set_layout_engine("none")
     scale = Affine2D().scale(72 / figure.dpi)  # from pixels to typographic points
     to_points = axes.transData + scale
+    shown = [i for i, name in enumerate(names) if name]
+    unnamed = [(places[i], places[i]) for i in range(len(places)) if i not in shown]
+    colours = [([BEFORE, *(LINES[k % 7] for k in range(len(places) - 1))])[i] for i in shown]
+    names, places, lines = [names[i] for i in shown], [places[i] for i in shown], [*lines, *unnamed]
     texts = [
         axes.annotate(name, at, (0, 0), textcoords="offset points", va="bottom") for name, at in zip(names, places)
     ]
@@ -87,7 +104,6 @@ def _name(axes: Axes, names: Sequence[str], places: Sequence[Place], lines: Sequ
     spots = to_points.transform(places)
     inside = axes.get_window_extent(renderer).transformed(scale).get_points()
     boxes = labels.place(spots, sizes, [to_points.transform(line) for line in lines], inside)
-    colours = [BEFORE, *(LINES[k % 7] for k in range(len(places) - 1))]
     for text, box, spot, colour in zip(texts, boxes, spots, colours):
         text.set_position(tuple(box[0] - spot))
         if labels.distance(box, spot) > labels.JOINED:
