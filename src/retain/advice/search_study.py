@@ -126,9 +126,14 @@ class Study:
         for name, value in found.items():
             trial.set_user_attr(name, value)
         self.study.tell(trial.number, list(values) if values is not None else None, state=TrialState[state])
+        self.release()
+        (self.folder / f".trial-{trial.number:04d}").unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let go of the trial that this process holds: what is not ended may be taken over."""
         if self._held is not None:
-            lock, self._held = Path(self._held.lock_file), None
-            lock.unlink(missing_ok=True)
+            self._held.release()
+            self._held = None
 
     def points(self, point: str, but: int) -> list[tuple[int, Point | None]]:
         """Numbers of the finished trials, but one, and how they stood at a point."""
@@ -153,6 +158,11 @@ class Study:
             for t in self.study.get_trials(deepcopy=False)
             if t.state.name in STATES
         ]
+
+    @property
+    def open(self) -> int:
+        """How many trials are waiting or under way."""
+        return sum(t.state.name in ("WAITING", "RUNNING") for t in self.study.get_trials(deepcopy=False))
 
 
 def values_of(over: Sequence[Over], params: dict[str, Any]) -> dict[str, Any]:
