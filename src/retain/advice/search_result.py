@@ -119,8 +119,9 @@ def again(search: Search, units: Units, trial: Tried, count: int, say: Say) -> A
         assert point is not None
         seconds = round(math.fsum(s.seconds for s in results.training), 1)
         runs.append(
-            Tried(number=trial.number, values={"seed": seed}, state="finished", seconds=seconds, steps=point.steps)
-            .model_copy(update={"learned": point.learned, "lost": point.lost, "directory": f"again/{name}"})
+            Tried(
+                number=trial.number, values={"seed": seed}, state="finished", seconds=seconds, steps=point.steps
+            ).model_copy(update={"learned": point.learned, "lost": point.lost, "directory": f"again/{name}"})
         )
     level = search.config.probes.confidence
     return Again(

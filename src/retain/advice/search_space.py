@@ -1,8 +1,8 @@
 """What a search varies: settings by dotted path, each with a range or a list of values.
 
-    methods.distill.strength=0.1..10:log        a range, on a logarithmic scale
-    methods.replay.fraction=0..0.5              a range
-    methods.lora.r=4,8,16,32                    a list
+methods.distill.strength=0.1..10:log        a range, on a logarithmic scale
+methods.replay.fraction=0..0.5              a range
+methods.lora.r=4,8,16,32                    a list
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from retain.errors import RunError
 from retain.report.search import Tried
 from retain.results import Estimate, write_text
 
-STATES = {"COMPLETE": "finished", "PRUNED": "hopeless", "FAIL": "failed", "RUNNING": "running"}
+STATES: dict[str, Any] = {"COMPLETE": "finished", "PRUNED": "hopeless", "FAIL": "failed", "RUNNING": "running"}
 #: A trial whose process ended so often is given up.
 MOST_BEGUN = 3
 
@@ -168,9 +168,7 @@ class Study:
 def values_of(over: Sequence[Over], params: dict[str, Any]) -> dict[str, Any]:
     """Path → value of a trial, as they are written into its configuration."""
     return {
-        one.path: params[one.path] if one.values else one.number(params[one.path])
-        for one in over
-        if one.path in params
+        one.path: params[one.path] if one.values else one.number(params[one.path]) for one in over if one.path in params
     }
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retain.advice.search import Say, Search, Units, work
+from retain.advice.search import Search, Units, work
 from retain.errors import RetainError, RunError
 
 #: New interpreters: a fork of a process that has used a GPU cannot use it.
@@ -56,7 +56,9 @@ def in_parallel(search: Search, units: Units, workers: int, progress: Callable[[
         log, code = bad[0]
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
         last = next((line for line in reversed(lines) if line.strip()), "")
-        raise RunError(f"{log}: this process of the search ended with {code} ({last[:200]}). Run the same command again.")
+        raise RunError(
+            f"{log}: this process of the search ended with {code} ({last[:200]}). Run the same command again."
+        )
 
 
 def _work(search: Search, units: Units, log: str) -> None:
@@ -80,7 +82,11 @@ def _machine_share(place: int, workers: int) -> Iterator[None]:
     """What a process that starts here sees of the machine: its share of the cores, and one GPU where there are several."""
     import torch
 
-    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))} if "OMP_NUM_THREADS" not in os.environ else {}
+    own = (
+        {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+        if "OMP_NUM_THREADS" not in os.environ
+        else {}
+    )
     gpus = torch.cuda.device_count()
     if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
         own["CUDA_VISIBLE_DEVICES"] = str(place % gpus)

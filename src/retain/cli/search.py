@@ -23,7 +23,8 @@ def command(
     trials: Annotated[int | None, typer.Option(min=1, help="At most so many runs; 20 by default.")] = None,
     points: Annotated[int, typer.Option(min=2, help="Of a grid: values of each range.")] = 5,
     lose_at_most: Annotated[
-        float | None, typer.Option("--lose-at-most", min=0, help="Choose by this loss (0.02: 2 points); raise until it.")
+        float | None,
+        typer.Option("--lose-at-most", min=0, help="Choose by this loss (0.02: 2 points); raise until it."),
     ] = None,
     learn_at_least: Annotated[
         float | None, typer.Option("--learn-at-least", help="Of raise: stop where less is learned.")

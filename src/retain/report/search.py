@@ -195,11 +195,11 @@ def _markdown(found: Found, picture: Picture | None) -> str:
         f"{markdown.cell(found.model)} → {markdown.cell(say('page.then').join(found.tasks))}",
         "\n".join(f"- {line}" for line in conclusion(found)),
         f"## {say('search.front')}",
-        markdown.table(head(found), [[markdown.cell(cell) for cell in cells(t, found)] for t in best]),
+        markdown.table(head(found), [cells(t, found) for t in best]),
     ]
     if picture is not None:
         parts += [f"![{picture.title}](search.svg)", picture.alt]
-    rows = [[markdown.cell(cell) for cell in [*cells(t, found), state(t)]] for t in every]
+    rows = [[*cells(t, found), state(t)] for t in every]
     parts += [f"## {say('search.every')}", markdown.table([*head(found), say("search.state")], rows)]
     return "\n\n".join(parts) + "\n"
 
