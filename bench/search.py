@@ -2,8 +2,8 @@
 
     python bench/search.py --write docs/search.md
 
-A model that knows A learns B, then C (bench/small_world.py). Varied are the strengths of `l2sp` and `distill`, the share of
-replay and the learning rate. The number that is compared is the hypervolume: the area of learned (0 to 1) times kept
+A model that knows A learns B, then C (bench/small_world.py). Varied are the strengths of `l2sp` and `distill`, the
+share of replay and the learning rate. The number that is compared is the hypervolume: the area of learned (0 to 1) times kept
 (1 − lost) that some trial's numbers cover, of 1; doing nothing covers none, as it learns nothing. Everything is kept
 under --out: the same command goes on where it was stopped.
 """
@@ -112,14 +112,14 @@ def search(mode: str, seed: int, trials: int, out: Path, base: Path) -> Found:
 
 def table(found: Sequence[tuple[str, int, Found]]) -> str:
     """A row per search, in Markdown."""
-    rows = ["| search | seed | trials | ended early | steps saved | on the front | hypervolume | recommended: learned, lost |"]
+    rows = ["| search | seed | trials | ended early | steps saved | on the front | hypervolume | the recommended one |"]
     rows.append("|---|---|---|---|---|---|---|---|")
     for mode, seed, one in found:
         early = sum(t.state == "hopeless" for t in one.trials)
         best = next(t for t in one.trials if t.number == one.best)
         assert best.learned is not None
         assert best.lost is not None
-        numbers = f"{100 * best.learned.value:.1f}, {100 * best.lost.value:.1f} points"
+        numbers = f"learned {100 * best.learned.value:.1f}, lost {100 * best.lost.value:.1f}"
         saved = f"{100 * (one.steps_saved or 0):.0f} %"
         rows.append(
             f"| {MODES[mode]} | {seed} | {len(one.trials)} | {early} | {saved} | {len(on_front(one.trials))} "

@@ -104,7 +104,9 @@ def test_steps_that_were_saved():
 
 
 def test_raising_stops_where_enough_is_kept_or_too_little_is_learned(tmp_path):
-    config = parse({"tasks": ["new.jsonl"], "methods": [{"l2sp": {"strength": 0.3}}, {"interpolate": {"strength": 0.1}}]})
+    config = parse(
+        {"tasks": ["new.jsonl"], "methods": [{"l2sp": {"strength": 0.3}}, {"interpolate": {"strength": 0.1}}]}
+    )
     search = Search(config, [], tmp_path, "raise", lose_at_most=0.05, learn_at_least=0.3)
 
     def after(*numbers: tuple[float, float]) -> float | None:

@@ -27,8 +27,8 @@ ENOUGH = 0.95
 def choose(trials: Sequence[Tried], units: Units, lose_at_most: float | None = None) -> tuple[Tried, str] | None:
     """The recommended trial, and by which rule; None where none finished.
 
-    With a limit: who learned the most among those that lost no more. Without: who lost the least among those that learned
-    95 % of the most.
+    With a limit: who learned the most among those that lost no more. Without: who lost the least among those that
+    learned 95 % of the most.
     """
     done = [t for t in trials if t.state == "finished" and t.learned is not None and t.lost is not None]
     if not done:
@@ -148,7 +148,8 @@ def _write_best(search: Search, trial: Tried, found: Found) -> Path:
     about = [
         f"Trial {trial.number} of a search ({search.mode}): {found.rule}.",
         f"learned {page.amount(trial.learned, found.learned_unit)} {found.learned_unit}, "
-        f"lost {page.amount(trial.lost, found.lost_unit)} {found.lost_unit}; chosen by these numbers, so they are optimistic.",
+        f"lost {page.amount(trial.lost, found.lost_unit)} {found.lost_unit}.",
+        "Chosen by these numbers, so they are optimistic.",
     ]
     write_text(path, "".join(f"# {line}\n" for line in about) + dump(config))
     return path

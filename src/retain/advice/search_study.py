@@ -215,9 +215,9 @@ def _opened(storage: str, asked: dict[str, Any]) -> Any:
     if earlier not in (None, text):
         before, now = json.loads(earlier), json.loads(text)
         differs = next(key for key in now if now[key] != before.get(key))
+        values = f"{_short(before.get(differs))}; now {_short(now[differs])}"
         raise RunError(
-            f"{storage}: holds a search with other `{differs}` ({_short(before.get(differs))}; now {_short(now[differs])}). "
-            "Use the same, or another --output."
+            f"{storage}: holds a search with other `{differs}` ({values}). Use the same, or another --output."
         )
     return study
 

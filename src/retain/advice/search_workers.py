@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from retain.advice.search import Search, Units, work
@@ -79,7 +78,7 @@ def _work(search: Search, units: Units, log: str) -> None:
 
 @contextmanager
 def _machine_share(place: int, workers: int) -> Iterator[None]:
-    """What a process that starts here sees of the machine: its share of the cores, and one GPU where there are several."""
+    """What a process that starts here sees of the machine: its share of the cores, one GPU of several."""
     import torch
 
     own = (
@@ -96,8 +95,3 @@ def _machine_share(place: int, workers: int) -> Iterator[None]:
     finally:
         for name in own:
             del os.environ[name]
-
-
-def log_of(folder: Path, worker: int) -> Path:
-    """Where a process writes what it says."""
-    return folder / "workers" / f"{worker}.log"

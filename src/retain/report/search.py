@@ -67,7 +67,7 @@ class Found(_Record):
 
 
 def on_front(trials: Sequence[Tried]) -> list[Tried]:
-    """The finished trials that no other one, nor the base itself, equals or beats in both numbers; least learned first."""
+    """The finished trials that no other one, nor the base itself, beats; the least learned first."""
     finished = [t for t in trials if t.learned is not None and t.lost is not None and t.state == "finished"]
     places = [(0.0, 0.0), *((t.learned.value, -t.lost.value) for t in finished if t.learned and t.lost)]
     return [finished[i - 1] for i in front.pareto(places) if i]
