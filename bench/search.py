@@ -3,9 +3,9 @@
     python bench/search.py --write docs/search.md
 
 A model that knows A learns B, then C (bench/small_world.py). Varied are the strengths of `l2sp` and `distill`, the
-share of replay and the learning rate. The number that is compared is the hypervolume: the area of learned (0 to 1) times kept
-(1 − lost) that some trial's numbers cover, of 1; doing nothing covers none, as it learns nothing. Everything is kept
-under --out: the same command goes on where it was stopped.
+share of replay and the learning rate. The number that is compared is the hypervolume: the area of learned (0 to 1)
+times kept (1 − lost) that some trial's numbers cover, of 1; doing nothing covers none, as it learns nothing.
+Everything is kept under --out: the same command goes on where it was stopped. The runs write no reports.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import small_world
 
@@ -106,7 +107,8 @@ def search(mode: str, seed: int, trials: int, out: Path, base: Path) -> Found:
     def told(trial: Tried) -> None:
         print(f"{folder.name}: trial {trial.number} {trial.state}, {time.monotonic() - begin:.0f} s", flush=True)
 
-    work(made, units, lambda line: None, told)
+    with mock.patch("retain.report.page.write_report"):
+        work(made, units, lambda line: None, told)
     return conclude(made, units)
 
 
