@@ -311,6 +311,7 @@ def test_the_chosen_one_again_with_other_seeds(searched, monkeypatch, capsys, li
     [
         (["--mode", "bayes"], "--mode: unknown 'bayes'"),
         (["--mode", "raise", "--over", "methods.l2sp.strength=0..1"], "--over: not with --mode raise"),
+        (["--mode", "raise", "--workers", "2"], "--workers: not with --mode raise"),
         (["--learn-at-least", "0.1"], "no effect without --mode raise"),
         (["--confirm", "1"], "--confirm: one run has no interval"),
         (["--over", "methods.ewc.strength=0..1"], "the configuration has no method 'ewc'"),

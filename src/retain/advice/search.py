@@ -36,6 +36,8 @@ MODES = ("tpe", "random", "grid", "raise")
 TRIALS = {"tpe": 20, "random": 20, "raise": 8}
 #: What `raise` multiplies all strengths by, and its name among the values of a trial.
 STEP, FACTOR = 2.0, "factor"
+#: No factor is beyond it, however many trials are allowed.
+FARTHEST = STEP**30
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Search:
     def varied(self) -> list[Over]:
         """What Optuna is told of."""
         if self.mode == "raise":
-            return [Over(FACTOR, 1.0, STEP ** max(1, (self.most or 2) - 1), log=True)]
+            return [Over(FACTOR, 1.0, FARTHEST, log=True)]
         return self.over
 
     def of(self, values: dict[str, Any], **own: Any) -> RunConfig:
@@ -130,8 +132,7 @@ def prepare(search: Search, say: Say) -> Units:
     if search.mode == "raise":
         if not any(strength_of(m) and math.isinf(largest(m)) for m in plan(search.config).stack.methods):
             raise ConfigError("--mode raise: no method here has a strength without an end. Add ewc, l2sp or distill.")
-        last = search.of({FACTOR: search.varied[0].high})
-        plan(last)
+        plan(search.of({FACTOR: FARTHEST}))
     else:
         check(search.over, search.config)
     study = search.study()
@@ -175,7 +176,7 @@ def following(search: Search, units: Units, tried: list[Tried]) -> float | None:
     if not tried:
         return 1.0
     last = tried[-1]
-    if len(tried) >= (search.most or 0) or last.learned is None or last.lost is None:
+    if len(tried) >= min(search.most or 0, 31) or last.learned is None or last.lost is None:
         return None
     enough = last.lost.value <= limit(search, units)
     little = search.learn_at_least is not None and last.learned.value < search.learn_at_least

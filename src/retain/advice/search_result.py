@@ -86,7 +86,7 @@ def conclude(search: Search, units: Units, confirm: int = 0, say: Say = print) -
             tasks=config.task_names,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             mode=search.mode,
-            over=[str(one) for one in search.varied],
+            over=[str(one) for one in search.over] or ["all strengths, times 1, 2, 4, …"],
             seed=config.seed,
             confidence=config.probes.confidence,
             learned_unit=units.learned,

@@ -19,11 +19,18 @@ CONTEXT: Any = multiprocessing.get_context("spawn")
 PAUSE = 0.5
 
 
-def in_parallel(search: Search, units: Units, workers: int, progress: Callable[[int, int], None]) -> None:
+def in_parallel(
+    search: Search,
+    units: Units,
+    workers: int,
+    progress: Callable[[int, int], None],
+    begin: Callable[[], None],
+) -> None:
     """Carry out all trials in so many processes. Their output goes to `workers/NUMBER.log` in the folder.
 
     Args:
         progress: receives how many trials have ended, and how many there are as far as is known.
+        begin: a function of a module, called first in every process.
 
     Raises:
         RunError: a process ended before there was nothing left to do.
@@ -33,7 +40,7 @@ def in_parallel(search: Search, units: Units, workers: int, progress: Callable[[
     processes = []
     for i, log in enumerate(logs):
         with _machine_share(i, workers):
-            process = CONTEXT.Process(target=_work, args=(search, units, str(log)))
+            process = CONTEXT.Process(target=_work, args=(search, units, str(log), begin))
             process.start()
             processes.append(process)
     study = search.study()
@@ -60,13 +67,11 @@ def in_parallel(search: Search, units: Units, workers: int, progress: Callable[[
         )
 
 
-def _work(search: Search, units: Units, log: str) -> None:
+def _work(search: Search, units: Units, log: str, begin: Callable[[], None]) -> None:
     with open(log, "a", encoding="utf-8") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    from retain.cli.common import quiet_libraries
-
-    quiet_libraries()
+    begin()
     try:
         work(search, units, lambda line: print(line, flush=True))
     except RetainError as error:

@@ -49,7 +49,7 @@ def command(
     """
     from retain.cli.common import console, quiet_libraries, quietly
 
-    _check_words(mode, over, confirm, lose_at_most, learn_at_least)
+    _check_words(mode, over, workers, confirm, learn_at_least)
     quiet_libraries()
     from retain.advice.search import prepare
     from retain.advice.search_result import conclude
@@ -74,7 +74,7 @@ def command(
     _show(search, conclude(search, units, confirm, quietly(out)), out)
 
 
-def _check_words(mode: str, over: list[str], confirm: int, lose: float | None, learn: float | None) -> None:
+def _check_words(mode: str, over: list[str], workers: int, confirm: int, learn: float | None) -> None:
     from importlib.util import find_spec
 
     from retain.errors import ConfigError, unknown
@@ -84,6 +84,10 @@ def _check_words(mode: str, over: list[str], confirm: int, lose: float | None, l
         raise ConfigError(unknown("--mode", mode, modes))
     if mode == "raise" and over:
         raise ConfigError("--over: not with --mode raise, which varies all strengths together. Leave one of them out.")
+    if mode == "raise" and workers > 1:
+        raise ConfigError(
+            "--workers: not with --mode raise, where each trial follows from the one before. Leave it out."
+        )
     if learn is not None and mode != "raise":
         raise ConfigError("--learn-at-least: has no effect without --mode raise. Leave it out.")
     if confirm == 1:
@@ -115,13 +119,18 @@ def _carry_out(search: Search, units: Units, workers: int, out: Any) -> None:
     from retain.report.language import speaking
     from retain.report.search import amount, state
 
-    if workers > 1 and search.mode != "raise":
+    if workers > 1:
         from retain.advice.search_workers import in_parallel
+        from retain.cli.common import quiet_libraries
         from retain.training.watch import bar
 
         with bar(transient=True, console=out) as progress:
             job = progress.add_task("searching", total=None, note="")
-            in_parallel(search, units, workers, lambda n, total: progress.update(job, completed=n, total=total))
+
+            def show(ended: int, total: int) -> None:
+                progress.update(job, completed=ended, total=total)
+
+            in_parallel(search, units, workers, show, quiet_libraries)
         return
 
     def told(trial: Any) -> None:
