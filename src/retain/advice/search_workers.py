@@ -37,14 +37,13 @@ def in_parallel(
     """
     logs = [search.folder / "workers" / f"{i}.log" for i in range(1, workers + 1)]
     logs[0].parent.mkdir(parents=True, exist_ok=True)
-    processes = []
-    for i, log in enumerate(logs):
-        with _machine_share(i, workers):
-            process = CONTEXT.Process(target=_work, args=(search, units, str(log), begin))
-            process.start()
-            processes.append(process)
+    processes: list[Any] = []
     study = search.study()
     try:
+        for i, log in enumerate(logs):
+            with _machine_share(i, workers):
+                processes.append(CONTEXT.Process(target=_work, args=(search, units, str(log), begin)))
+                processes[-1].start()
         while any(process.exitcode is None for process in processes):
             for process in processes:
                 process.join(PAUSE / workers)
@@ -52,10 +51,11 @@ def in_parallel(
             progress(ended, max(search.most or 0, ended + study.open))
     except BaseException:  # Ctrl-C above all: they stop where they are, and go on from there another time
         for process in processes:
-            if process.exitcode is None:
+            if process.pid is not None and process.exitcode is None:
                 os.kill(process.pid, signal.SIGINT)
         for process in processes:
-            process.join()
+            if process.pid is not None:
+                process.join()
         raise
     bad = [(log, process.exitcode) for log, process in zip(logs, processes) if process.exitcode]
     if bad and (study.open or len(bad) == workers):
