@@ -84,16 +84,16 @@ def test_the_front_is_what_nothing_beats_not_even_the_base():
 
 def test_the_recommended_trial():
     trials = [tried(0, 0.50, 0.20), tried(1, 0.49, 0.10), tried(2, 0.40, 0.01), tried(3, 0.2, 0.0)]
-    assert choose(trials, POINTS)[0].number == 1, "98 % of the most, and half the loss"
-    assert choose(trials, POINTS, 0.02)[0].number == 2
-    assert choose(trials, POINTS, 0.2)[0].number == 0
-    assert "95 %" in choose(trials, POINTS)[1]
-    assert "2 points" in choose(trials, POINTS, 0.02)[1]
-    over, rule = choose([tried(0, 0.5, 0.2), tried(1, 0.4, 0.1)], POINTS, 0.02)
+    assert choose(trials)[0].number == 1, "98 % of the most, and half the loss"
+    assert choose(trials, 0.02)[0].number == 2
+    assert choose(trials, 0.2)[0].number == 0
+    assert choose(trials)[1] == "rule_share"
+    assert choose(trials, 0.02)[1] == "rule_limit"
+    over, rule = choose([tried(0, 0.5, 0.2), tried(1, 0.4, 0.1)], 0.02)
     assert over.number == 1
-    assert "none stayed within 2 points" in rule
-    assert choose([tried(0, -0.2, 0.0), tried(1, -0.1, 0.3)], POINTS)[0].number == 1
-    assert choose([tried(0, 0.5, 0.1, state="failed")], POINTS) is None
+    assert rule == "rule_over"
+    assert choose([tried(0, -0.2, 0.0), tried(1, -0.1, 0.3)])[0].number == 1
+    assert choose([tried(0, 0.5, 0.1, state="failed")]) is None
 
 
 def test_steps_that_were_saved():

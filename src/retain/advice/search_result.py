@@ -13,18 +13,13 @@ from retain.advice.search import Say, Search, Units, standing
 from retain.config import dump
 from retain.pipeline import run
 from retain.report import search as page
-from retain.report import wording
-from retain.report.language import say as text
 from retain.report.language import speaking
-from retain.report.search import Again, Found, Tried
+from retain.report.search import ENOUGH, Again, Found, Rule, Tried
 from retain.results import Estimate, write_text
 from retain.rundir import RunDirectory
 
-#: Of the most that a trial learned: who learned as much is asked how little it lost.
-ENOUGH = 0.95
 
-
-def choose(trials: Sequence[Tried], units: Units, lose_at_most: float | None = None) -> tuple[Tried, str] | None:
+def choose(trials: Sequence[Tried], lose_at_most: float | None = None) -> tuple[Tried, Rule] | None:
     """The recommended trial, and by which rule; None where none finished.
 
     With a limit: who learned the most among those that lost no more. Without: who lost the least among those that
@@ -43,18 +38,15 @@ def choose(trials: Sequence[Tried], units: Units, lose_at_most: float | None = N
         return trial.lost.value
 
     if lose_at_most is not None:
-        scale, unit = (100, "unit.points") if units.lost == "points" else (1, "unit.nats_token")
-        words = {"limit": f"{scale * lose_at_most:g}", "unit": text(unit)}
         within = [t for t in done if lost(t) <= lose_at_most]
         if within:
-            return max(within, key=lambda t: (learned(t), -lost(t))), text("search.rule_limit", **words)
-        return min(done, key=lambda t: (lost(t), -learned(t))), text("search.rule_over", **words)
+            return max(within, key=lambda t: (learned(t), -lost(t))), "rule_limit"
+        return min(done, key=lambda t: (lost(t), -learned(t))), "rule_over"
     most = max(map(learned, done))
     if most <= 0:
-        return max(done, key=lambda t: (learned(t), -lost(t))), text("search.rule_most")
+        return max(done, key=lambda t: (learned(t), -lost(t))), "rule_most"
     enough = [t for t in done if learned(t) >= ENOUGH * most]
-    share = wording.percent(f"{100 * ENOUGH:g}")
-    return min(enough, key=lambda t: (lost(t), -learned(t))), text("search.rule_share", share=share)
+    return min(enough, key=lambda t: (lost(t), -learned(t))), "rule_share"
 
 
 def saved(trials: Sequence[Tried]) -> float | None:
@@ -79,7 +71,7 @@ def conclude(search: Search, units: Units, confirm: int = 0, say: Say = print) -
     study = search.study()
     trials, config = study.tried(), search.config
     with speaking(config.language):
-        chosen = choose(trials, units, search.lose_at_most)
+        chosen = choose(trials, search.lose_at_most)
         found = Found(
             name=config.title,
             model=config.model.name,
@@ -93,7 +85,8 @@ def conclude(search: Search, units: Units, confirm: int = 0, say: Say = print) -
             lost_unit=units.lost,
             trials=trials,
             best=chosen[0].number if chosen else None,
-            rule=chosen[1] if chosen else "",
+            rule=chosen[1] if chosen else None,
+            limit=search.lose_at_most,
             steps_saved=saved(trials),
         )
         page.write(found, search.folder)
@@ -146,7 +139,7 @@ def _write_best(search: Search, trial: Tried, found: Found) -> Path:
     path = search.folder / "best.yaml"
     config = search.of(trial.values, output=str(search.folder / "best"), name=f"{search.config.title}-best")
     about = [
-        f"Trial {trial.number} of a search ({search.mode}): {found.rule}.",
+        f"Trial {trial.number} of a search ({search.mode}): {page.rule(found)}.",
         f"learned {page.amount(trial.learned, found.learned_unit)} {found.learned_unit}, "
         f"lost {page.amount(trial.lost, found.lost_unit)} {found.lost_unit}.",
         "Chosen by these numbers, so they are optimistic.",

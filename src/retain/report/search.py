@@ -17,6 +17,18 @@ from retain.report.language import say
 from retain.results import Estimate, write_text
 
 Unit = Literal["points", "nats per token"]
+#: How a trial was chosen: the least lost of those that learned enough, or the most learned within a limit; where there is
+#: none such, the least lost at all, or the most learned.
+Rule = Literal["rule_share", "rule_limit", "rule_over", "rule_most"]
+#: Of the most that a trial learned: who learned as much is asked how little it lost.
+ENOUGH = 0.95
+#: How trials end, and the text that counts them.
+_COUNTS = {
+    "finished": "count_finished",
+    "hopeless": "count_hopeless",
+    "failed": "count_failed",
+    "running": "count_running",
+}
 
 
 class _Record(BaseModel):
@@ -61,7 +73,8 @@ class Found(_Record):
     lost_unit: Unit = "points"
     trials: list[Tried]
     best: int | None = None  # number of the recommended trial
-    rule: str = ""  # by which it was chosen
+    rule: Rule | None = None  # by which it was chosen
+    limit: float | None = None  # of that rule: the largest loss that was asked for, in the unit of `lost`
     steps_saved: float | None = None  # share of the optimizer steps that ending hopeless trials saved
     again: Again | None = None
 
@@ -170,16 +183,23 @@ def amount(number: Estimate | None, unit: Unit) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def rule(found: Found) -> str:
+    """By which rule the recommended trial was chosen, in words."""
+    scale = 100 if found.lost_unit == "points" else 1
+    share, limit = wording.percent(f"{100 * ENOUGH:g}"), f"{scale * (found.limit or 0):g}"
+    return say(f"search.{found.rule}", share=share, limit=limit, unit=_unit(found.lost_unit))
+
+
 def conclusion(found: Found) -> list[str]:
     """What came of it and how far it can be trusted, a sentence each."""
-    ended = {word: sum(t.state == word for t in found.trials) for word in ("finished", "hopeless", "failed", "running")}
-    counts = [say(f"search.count_{word}", n=n) for word, n in ended.items() if n]
+    ended = {word: sum(t.state == word for t in found.trials) for word in _COUNTS}
+    counts = [say(f"search.{_COUNTS[word]}", n=n) for word, n in ended.items() if n]
     lines = [say("search.tried", counts=say("list.comma").join(counts))]
     if found.steps_saved is not None and ended["hopeless"]:
         saved = wording.percent(wording.number(100 * found.steps_saved))
         lines.append(say("search.saved", share=saved))
     if found.best is not None:
-        lines.append(say("search.best", n=found.best, rule=found.rule))
+        lines.append(say("search.best", n=found.best, rule=rule(found)))
         lines.append(say("search.optimistic", n=max(1, ended["finished"])))
     if found.again is not None:
         learned = amount(found.again.learned, found.learned_unit)
