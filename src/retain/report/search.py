@@ -17,8 +17,8 @@ from retain.report.language import say
 from retain.results import Estimate, write_text
 
 Unit = Literal["points", "nats per token"]
-#: How a trial was chosen: the least lost of those that learned enough, or the most learned within a limit; where there is
-#: none such, the least lost at all, or the most learned.
+#: How a trial was chosen: the least lost of those that learned enough, or the most learned within a limit; where there
+#: is none such, the least lost at all, or the most learned.
 Rule = Literal["rule_share", "rule_limit", "rule_over", "rule_most"]
 #: Of the most that a trial learned: who learned as much is asked how little it lost.
 ENOUGH = 0.95
