@@ -111,7 +111,8 @@ def test_probes_that_are_asked_at_both_ends_alone_take_less(shop, tmp_path):
     assert list(ends.time)[2:] == [twice, between]
     assert ends.time[twice] == pytest.approx(2 / 3 * whole.time["asking the probes 3 times"])
     assert 0 < ends.time[between] < ends.time[twice] / 2
-    once = estimated(shop, tmp_path, ask=True, methods=["none"], tasks=[str(shop / "count")], probes=asked | {"between": "tasks"})
+    both = {"methods": ["none"], "probes": asked | {"between": "tasks"}}
+    once = estimated(shop, tmp_path, ask=True, tasks=[str(shop / "count")], **both)
     assert list(once.time)[1:] == ["asking the probes 2 times"]
 
 

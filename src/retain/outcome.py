@@ -16,6 +16,7 @@ from retain.totals import totals
 
 BETWEEN = "old abilities: asked after the last task (`probes.between: tasks`)"
 
+
 def outcome(
     config: RunConfig,
     place: RunDirectory,
