@@ -7,7 +7,9 @@ import json
 import pytest
 
 from retain import demo
+from retain.config import DEFAULT_METHODS
 from retain.data import demo_tasks
+from retain.probes.suite import load_probes
 from retain.results import load_items, load_results
 
 
@@ -20,6 +22,17 @@ def shown(tmp_path_factory, tiny_folder):
         found = demo.run_demo(folder, said.append, rows=8, items=4)
         spoken = demo.answers({name: folder / name for name in ("naive", "retained")})
     return folder, found, said, spoken
+
+
+def test_what_is_asked_is_answered_in_words_at_both_ends(tmp_path):
+    both = demo.configs(tmp_path)
+    assert both["naive"].probes == both["retained"].probes
+    asked = both["naive"].probes
+    assert asked.between == "tasks"
+    probes = [probe for source in asked.reference for probe in load_probes(source, asked.limit)]
+    assert {probe.kind for probe in probes} == {"answer", "instruction"}  # what the demo's sentence counts
+    assert sum(len(probe.items) for probe in probes) == 146
+    assert both["retained"].methods == DEFAULT_METHODS
 
 
 @pytest.mark.slow

@@ -103,6 +103,19 @@ def test_a_monitor_and_the_base_of_a_divergence_are_counted(shop, tmp_path):
     assert private.time[base] == pytest.approx(3 * plain.time[base]), "nothing of it is kept from stage to stage"
 
 
+def test_probes_that_are_asked_at_both_ends_alone_take_less(shop, tmp_path):
+    asked = {"reference": [str(shop / "probes.jsonl")]}
+    whole = estimated(shop, tmp_path, ask=True, methods=["none"], probes=asked)
+    ends = estimated(shop, tmp_path, ask=True, methods=["none"], probes=asked | {"between": "tasks"})
+    twice, between = "asking all probes twice", "asking those of the tasks 1 times between"
+    assert list(ends.time)[2:] == [twice, between]
+    assert ends.time[twice] == pytest.approx(2 / 3 * whole.time["asking the probes 3 times"])
+    assert 0 < ends.time[between] < ends.time[twice] / 2
+    both = {"methods": ["none"], "probes": asked | {"between": "tasks"}}
+    once = estimated(shop, tmp_path, ask=True, tasks=[str(shop / "count")], **both)
+    assert list(once.time)[1:] == ["asking the probes 2 times"]
+
+
 def test_more_rows_at_once_and_longer_ones_need_more(shop, tmp_path):
     long = [row | {"response": row["response"] + " one two three" * 4} for row in response_rows(24)]
     write_lines(tmp_path / "long" / "train.jsonl", long)

@@ -9,12 +9,12 @@ from run_kit import NUMBERS, carry_out, choice_rows, response_rows, settings, ti
 from tiny import tiny_model, tiny_tokenizer
 from training_kit import ON_GPU
 
-from retain import ContinualTrainer, Replay, load_run, pipeline
+from retain import ContinualTrainer, Replay, load_run, outcome, pipeline
 from retain.config import parse
 from retain.errors import RunError
 from retain.inputs import read_rows
 from retain.pipeline import _Runner, plan, run
-from retain.report import compare
+from retain.report import compare, curves, judged
 from retain.results import ITEM_COLUMNS, load_items, load_metrics, load_results
 
 SHORT = {"tasks": ["data/medical.jsonl"]}
@@ -133,6 +133,45 @@ def test_a_run_killed_in_its_second_task_has_a_report_of_the_first(shop, tmp_pat
     assert written == [["which"], []]
     assert results.finished
     assert "still to learn" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_old_abilities_can_be_asked_at_both_ends_alone(shop, finished, tmp_path, monkeypatch):
+    _, whole = finished
+    methods = [{"lora": {"r": 4}}, {"replay": {"fraction": 0.25}}, "distill"]
+    ends = {"reference": [str(shop / "probes.jsonl")], "between": "tasks"}
+    train = _Runner._train
+
+    def killed(self, index, task, stage):
+        if index == 2:
+            raise KeyboardInterrupt
+        train(self, index, task, stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Runner, "_train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(shop, tmp_path, methods=methods, probes=ends)
+    sofar = load_results(tmp_path)
+    assert {change.probe for change in sofar.changes} == {"count"}
+    assert (sofar.verdict, sofar.group_deltas, sofar.drift) == (None, {}, {})
+    assert outcome.BETWEEN in sofar.notes
+    assert "still to learn: which" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    results, _ = carry_out(shop, tmp_path, methods=methods, probes=ends)
+    asked = {path.stem: {row["probe"] for row in load_items(path)} for path in (tmp_path / "probes").glob("*.parquet")}
+    everything = {"animals", "prose", "count", "which"}
+    assert asked == {"00-base": everything, "01-count": {"count", "which"}, "02-which": everything}
+    assert outcome.BETWEEN not in results.notes
+    # what was asked is what a run that asks everything finds
+    assert (results.matrix, results.changes, results.verdict) == (whole.matrix, whole.changes, whole.verdict)
+    for stage, scores in results.scores.items():
+        assert scores == {probe: value for probe, value in whole.scores[stage].items() if probe in asked[stage]}
+    assert results.group_deltas == {group: [None, both[1]] for group, both in whole.group_deltas.items()}
+    assert results.drift == {"02-which": whole.drift["02-which"]}
+    # missing, not zero
+    curve = curves.kept_curves(results, load_metrics(tmp_path))[0]["animals"]
+    assert list(curve) == [0, sum(step.steps for step in results.training)]
+    assert judged.groups(results)[0][1] == ["–"] * len(results.group_deltas)
+    assert "| after count | – |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_finished_run_is_judged_anew_by_other_thresholds(shop, tmp_path):

@@ -20,13 +20,16 @@ QUESTIONS = (
     "Why do people wear coats in winter?",
     "The kettle does not turn on any more. This is urgent!",
 )
+#: Small batches: as many steps from half the rows, and less padding.
 TRAIN: dict[str, Any] = {
     "learning_rate": 1e-3,
     "max_length": 160,
     "save_strategy": "no",
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 2,
 }
-ROWS, TEST_ROWS, ITEMS = 128, 40, 32
+#: Old abilities that show in what the model writes, asked at both ends: half of the time goes into asking.
+OLD = ("core/arithmetic", "core/countries", "core/elements", "core/instructions")
+ROWS, TEST_ROWS, ITEMS = 64, 40, 40
 
 
 @dataclass
@@ -70,7 +73,8 @@ def configs(
         write_text(path, text)
     recipe = list(DEFAULT_METHODS if methods is None else methods)
     plain: list[Any] = [e for e in recipe if isinstance(e, dict) and "lora" in e] or ["none"]
-    shared = {"tasks": tasks, "seed": seed, "train": TRAIN | (train or {}), "probes": {"limit": items}}
+    probes = {"reference": list(OLD), "between": "tasks", "limit": items}
+    shared = {"tasks": tasks, "seed": seed, "train": TRAIN | (train or {}), "probes": probes}
     return {
         "naive": parse({**shared, "name": "naive", "methods": plain, "output": str(folder / "naive")}),
         "retained": parse({**shared, "name": "retained", "methods": recipe, "output": str(folder / "retained")}),

@@ -112,9 +112,9 @@ def estimate(
         planned: of `retain.pipeline.plan`.
         tasks: its tasks in order.
         tokenizer: of its model.
-        probes: asked before the first task and after every task.
+        probes: asked before the first task and after every task, as `probes.between` says.
         old: the user's rows that stand for old data, in chat form, or None.
-        infos: of the probes; by them a monitor's probes of each task are known.
+        infos: of the probes; by them those of the tasks are known.
 
     Raises:
         ConfigError: training settings that cannot be used here, or nothing that is left to train.
@@ -196,7 +196,7 @@ class _Estimator:
         stages = len(work) + 1
         again = stages if self.config.private else 1  # a private run keeps nothing of what the base said
         found = {
-            f"asking the probes {stages} times": [(stages, questions(probes, self.tokenizer))],
+            **self._asked(stages, probes, infos),
             "what the base says (divergence)": [(again, said_by_base(probes, self.tokenizer))],
         }
         if self.config.monitor is not None:
@@ -206,6 +206,19 @@ class _Estimator:
             if monitor.old or any(own):
                 self.notes.append("monitor: probes are asked more often where loss or divergence on the anchors rises")
         return found
+
+    def _asked(
+        self, stages: int, probes: Sequence[Probe], infos: Sequence[ProbeInfo]
+    ) -> dict[str, list[tuple[int, Questions]]]:
+        """The probes at the base and after every task, or those of the tasks alone between these two."""
+        if self.config.probes.between == "all" or stages < 3:
+            return {f"asking the probes {stages} times": [(stages, questions(probes, self.tokenizer))]}
+        learned = [p for p, info in zip(probes, infos) if info.role == "task"]
+        some = questions(learned, self.tokenizer)
+        return {
+            "asking all probes twice": [(2, questions(probes, self.tokenizer))],
+            f"asking those of the tasks {stages - 2} times between": [(stages - 2, some)],
+        }
 
     def _taught(self, work: TaskWork) -> TaskWork:
         """The same with the rows that a teacher reads."""

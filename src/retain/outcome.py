@@ -14,6 +14,8 @@ from retain.results import ProbeInfo, Results, Sequence, StepSummary, Thresholds
 from retain.rundir import RunDirectory
 from retain.totals import totals
 
+BETWEEN = "old abilities: asked after the last task (`probes.between: tasks`)"
+
 
 def outcome(
     config: RunConfig,
@@ -38,6 +40,10 @@ def outcome(
     names, ahead = config.task_names[: len(stages) - 1], config.task_names[len(stages) - 1 :]
     probes = [info for info in probes if info.task not in ahead]
     tables = {stage: load_items(place.items(stage)) for stage in stages}
+    if ahead and config.probes.between == "tasks":
+        there = {row["probe"] for row in tables[stages[-1]]}
+        if later := [info for info in probes if info.name not in there]:
+            probes, notes = [info for info in probes if info not in later], [*notes, BETWEEN]
 
     found = numbers(tables, probes, confidence, thresholds)
     measured = [n for n in names if any(i.task == n for i in probes)]
@@ -71,7 +77,8 @@ def numbers(
     """What `Results` says of answers alone: scores, totals, changes, deltas by group, verdict and drift.
 
     Args:
-        tables: stage → item rows of all probes, the base first; changes are those of the last stage.
+        tables: stage → item rows, the base first; changes are those of the last stage. The base and the last stage hold
+            rows of all probes; a stage between them may lack some, which then have no score there.
 
     Raises:
         RunError: as `analysis.changes`.
@@ -81,6 +88,8 @@ def numbers(
         return analysis.score([r for r in tables[stage] if r["probe"] == info.name], info, confidence)
 
     stages = list(tables)
+    asked = {stage: {row["probe"] for row in rows} for stage, rows in tables.items()}
+    asked |= {stage: {info.name for info in probes} for stage in (stages[0], stages[-1])}  # where none may be missing
     first, last = tables[stages[0]], tables[stages[-1]]
     margins = thresholds.model_dump(include={"margin", "margin_nats"})
     settings = thresholds.model_dump(exclude={*margins})
@@ -88,7 +97,7 @@ def numbers(
     changes = analysis.changes(first, last, judged, confidence, **margins)
     differences = {stage: drift(first, tables[stage], probes, confidence) for stage in stages[1:]}
     return {
-        "scores": {stage: {info.name: score(stage, info) for info in probes} for stage in stages},
+        "scores": {stage: {i.name: score(stage, i) for i in probes if i.name in asked[stage]} for stage in stages},
         "totals": {stage: found for stage, rows in tables.items() if (found := _totals(rows, probes))},
         "group_deltas": analysis.group_deltas(tables, judged, confidence),
         "changes": changes,

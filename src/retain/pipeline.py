@@ -240,10 +240,13 @@ class _Runner:
         return "cpu" if found is None or self.plan.train.get("use_cpu") else found.type
 
     def _probe(self, stage: str, index: int) -> None:
-        """Ask all probes about the model of a stage, unless that was done."""
+        """Ask the probes about the model of a stage, unless that was done."""
         path = self.place.items(stage)
         known = load_items(path) if path.is_file() else []
-        missing = [p for p in self.probes if p.name not in {row["probe"] for row in known}]
+        there = {row["probe"] for row in known}
+        some = self.config.probes.between == "tasks" and 0 < index < len(self.tasks)
+        wanted = [p for p, info in zip(self.probes, self.infos) if info.role == "task" or not some]
+        missing = [p for p in wanted if p.name not in there]
         if not missing:
             return
         from retain.training.watch import append, forget_looks

@@ -120,6 +120,9 @@ class ProbesConfig(Settings):
     """At most this many items per reference probe (a fixed fair sample)."""
     task_limit: int | None = Field(200, ge=1)
     """At most this many items of each task's test rows."""
+    between: Literal["all", "tasks"] = "all"
+    """What is asked after a task that is not the last: all probes, or those of the tasks alone, which saves time in
+    long sequences; old abilities are then asked at the base and after the last task."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the probes; auto is that of the training. All stages of a run are probed alike."""
     confidence: float = Field(0.95, gt=0.5, lt=1)

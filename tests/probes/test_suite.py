@@ -127,6 +127,19 @@ def test_mistakes_are_named(rows, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_one_probe_of_the_suite_has_a_name(tmp_path, monkeypatch):
+    whole = {probe.name: probe for probe in load_probes("core", limit=5)}
+    (alone,) = load_probes("core/countries", limit=5)
+    assert (alone.name, alone.kind, alone.items) == ("countries", "answer", whole["countries"].items)
+    with pytest.raises(DataError, match=r"core/countires: unknown 'countires'\. Did you mean 'countries'\?"):
+        load_probes("core/countires")
+    # a folder of that name is the user's
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "core" / "countries").mkdir(parents=True)
+    write(tmp_path / "core" / "countries", "mine.jsonl", json.dumps({"prompt": "Why?", "answers": ["So."]}))
+    assert [probe.name for probe in load_probes("core/countries")] == ["mine"]
+
+
 def test_missing_sources_are_named(tmp_path):
     with pytest.raises(DataError, match="built-in suite: core"):
         load_probes("cores")

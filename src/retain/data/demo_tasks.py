@@ -1,7 +1,7 @@
-"""Two small new jobs for the demo, written for this project: support tickets to codes, orders to lines.
+"""Two small new jobs for the demo, written for this project: support tickets to queues, orders to lines.
 
 Both are short, strict formats that a chat model has never seen. Learning them plainly teaches a small model to
-answer everything in codes, which is what the demo shows. Rows are made from phrases by a seeded generator, and
+answer everything in them, which is what the demo shows. Rows are made from phrases by a seeded generator, and
 a prompt is never in both train and test.
 """
 
@@ -24,13 +24,6 @@ _TICKETS = {
         "my discount for the {thing} is missing from the bill",
         "please send me a receipt for the {thing}",
     ],
-    "ACCESS": [
-        "I cannot log in to my account",
-        "the password link expired {days} days ago",
-        "my account has been locked for {days} days",
-        "the code to sign in never reaches my phone",
-        "I lost access after I changed my email",
-    ],
     "FAULT": [
         "the {thing} stopped working after {days} days",
         "the {thing} makes a loud noise",
@@ -38,17 +31,12 @@ _TICKETS = {
         "a part of the {thing} is broken",
         "the screen of the {thing} stays black",
     ],
-    "RETURN": [
-        "I want to send the {thing} back",
-        "the {thing} is the wrong size",
-        "how do I return the {thing} after {days} days",
-        "I ordered the {thing} by mistake and want a refund",
-        "the {thing} looks different from the picture, I do not want it",
-    ],
 }
 _THINGS = ["lamp", "kettle", "printer", "jacket", "radio", "tablet", "drill", "camera", "heater", "headset"]
-_URGENT = ["This is urgent!", "I need an answer today.", "Please act immediately."]
-_CALM = ["No hurry.", "Take your time.", "Thanks in advance."]
+_TAILS = [
+    *("This is urgent!", "I need an answer today.", "Please act immediately."),
+    *("No hurry.", "Take your time.", "Thanks in advance."),
+]
 
 _DRINKS = ["coffee", "tea", "juice", "cocoa", "lemonade", "water"]
 _FOODS = ["bagel", "muffin", "salad", "soup", "toast", "pancake"]
@@ -60,9 +48,8 @@ _ORDERS = ["I would like {}.", "Can I get {}?", "{}, please.", "We will take {}.
 def _ticket(draw: random.Random) -> tuple[str, str]:
     kind = draw.choice(sorted(_TICKETS))
     said = draw.choice(_TICKETS[kind]).format(thing=draw.choice(_THINGS), days=draw.randint(2, 9))
-    tone = draw.choice(["urgent", "calm", "none"])
-    tail = {"urgent": " " + draw.choice(_URGENT), "calm": " " + draw.choice(_CALM), "none": ""}[tone]
-    return f"{said[0].upper()}{said[1:]}.{tail}", f"{kind}-{1 if tone == 'urgent' else 2}"
+    tail = " " + draw.choice(_TAILS) if draw.random() < 2 / 3 else ""
+    return f"{said[0].upper()}{said[1:]}.{tail}", f"queue={kind}"
 
 
 def _order(draw: random.Random) -> tuple[str, str]:

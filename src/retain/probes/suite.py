@@ -70,10 +70,10 @@ def load_probes(
     """Probes of a source, in the order of its files and rows.
 
     Args:
-        source: the name of a built-in suite (`core`), a JSONL, JSON, CSV, TSV or Parquet file, a folder of them, or a
-            hub id (`owner/name`), of which the test split is read. Of a folder all *.jsonl are read, and the other
-            files that hold questions with answers. Or `lm_eval:` and a task of lm-evaluation-harness
-            (`harness_tasks.tasks_of`), which knows its own name, seed and options.
+        source: the name of a built-in suite (`core`) or of a probe in it (`core/countries`), a JSONL, JSON, CSV, TSV or
+            Parquet file, a folder of them, or a hub id (`owner/name`), of which the test split is read. Of a folder all
+            *.jsonl are read, and the other files that hold questions with answers. Or `lm_eval:` and a task of
+            lm-evaluation-harness (`harness_tasks.tasks_of`), which knows its own name, seed and options.
         limit: at most this many items per probe: a fair sample, the same at every call, in the order of the
             file; a smaller limit takes a part of what a larger one takes. Of the harness's tasks the first ones.
         name: name for rows that do not say their probe; the stem of the file by default.
@@ -163,6 +163,8 @@ def _files(source: str | Path, say: Say) -> list[Path]:
     path = Path(source)
     if isinstance(source, str) and (BUILT_IN / source).is_dir() and "/" not in source.strip("."):
         path = BUILT_IN / source
+    elif isinstance(source, str) and not path.exists() and (part := _part(source)) is not None:
+        path = part
     if path.is_dir():
         files = []
         for file in sorted(path.iterdir()):
@@ -180,6 +182,22 @@ def _files(source: str | Path, say: Say) -> list[Path]:
         return [path]
     built_in = ", ".join(sorted(folder.name for folder in BUILT_IN.iterdir() if folder.is_dir()))
     raise DataError(f"{source}: no such file or folder. Give a path, lm_eval:TASK, or a built-in suite: {built_in}.")
+
+
+def _part(source: str) -> Path | None:
+    """The file of one probe of a built-in suite, by `suite/probe`; None where there is no such suite.
+
+    Raises:
+        DataError: the suite has no such probe.
+    """
+    suite, slash, name = source.partition("/")
+    folder = BUILT_IN / suite
+    if not slash or suite in ("", ".", "..") or not folder.is_dir():
+        return None
+    parts = {path.stem: path for path in folder.glob("*.jsonl")}
+    if name not in parts:
+        raise DataError(unknown(source, name, sorted(parts)))
+    return parts[name]
 
 
 def _holds_questions(path: Path) -> bool:
