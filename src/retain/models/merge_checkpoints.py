@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,16 @@ def _one_thread() -> Iterator[None]:
 def _write_shard(
     recipe: Recipe, models: Sequence[Model], base: Model | None, like: Checkpoint, names: Sequence[str], file: Path
 ) -> None:
-    with Writer(file, {name: (like.dtype(name), like.shape(name)) for name in names}) as out:
+    tensors = {name: (like.dtype(name), like.shape(name)) for name in names}
+    with Writer(file, tensors) as out, ThreadPoolExecutor(max_workers=1) as beside:
+        last: Future[None] | None = None
         for name in out.order:
             for piece in merged_pieces(recipe, models, base, like, name):
-                out.write(name, piece)
+                if last is not None:
+                    last.result()
+                last = beside.submit(out.write, name, piece)  # while the next one is read and computed
+        if last is not None:
+            last.result()
 
 
 def merged_pieces(
@@ -204,9 +211,10 @@ def merged_pieces(
     if not kind.is_floating_point or same == {(like.folder, name)}:
         yield from (like.read(name, span) for span in spans)
         return
-    wide = torch.float32
-    for model in [*models, base] if base else models:
-        wide = torch.promote_types(wide, model.checkpoint.dtype(name))
+    taking_part = [*models, base] if base else models
+    stored = {kind, *(model.checkpoint.dtype(name) for model in taking_part)}
+    # an adapter's product is added before the sum, and must not be rounded there
+    wide = recipe.computes_in({torch.float32, *stored} if any(name in m.changes for m in taking_part) else stored)
 
     def reader(model: Model) -> Callable[[slice], Tensor]:
         return lambda span: model.read(name, span, wide)
