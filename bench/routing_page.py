@@ -74,8 +74,9 @@ _NOT_MEASURED = """`likelihood` was not measured here: it needs trained
 experts, and reads a question once with each of them and once with the base."""
 _MEASURED = """`likelihood` needs trained
 experts, and reads a question once with each of them and once with the base. Here they are LoRA adapters of rank {rank},
-trained for {steps} steps of {batch} rows on the training file of their domain, questions included: an expert that learned
-answers alone says less about questions."""
+trained for {steps} steps of {batch} rows on the training file of their domain, questions included: an expert that
+learned answers alone says less about questions."""
+
 
 
 def page(results: Mapping[str, Any]) -> str:
