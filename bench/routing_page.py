@@ -78,7 +78,6 @@ trained for {steps} steps of {batch} rows on the training file of their domain, 
 learned answers alone says less about questions."""
 
 
-
 def page(results: Mapping[str, Any]) -> str:
     """The whole page from the numbers of `bench/routing.py`."""
     routers, sizes, seconds = results["routers"], results["sizes"], results["seconds"]
