@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from warm import Script, command
+from run_kit import environment
 
 from retain.cli import main
 
@@ -50,7 +50,7 @@ def test_from_rows_to_curl(tmp_path, tiny_cache, thin_suites, monkeypatch, capsy
             for line in text.replace("\\\n", " ").splitlines() if kind == "sh" else ():
                 words = shlex.split(line)
                 if words[-1] == "&":
-                    server = command(words[1:-1], tmp_path, at=tmp_path)
+                    server = subprocess.Popen([sys.executable, "-m", *words[:-1]], env=environment())
                     wait_for(f"http://127.0.0.1:{port}/ready", server)
                 elif words[0] == "curl":
                     said.append(subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout)
@@ -63,11 +63,10 @@ def test_from_rows_to_curl(tmp_path, tiny_cache, thin_suites, monkeypatch, capsy
                     assert not ended.value.code, f"{line}\n{out.out[-2000:]}\n{out.err[-2000:]}"
         assert server is not None
         server.send_signal(signal.SIGTERM)
-        server.communicate(60)
-        assert server.returncode == 0
+        assert server.wait(60) == 0
     finally:
         if server is not None and server.poll() is None:
-            server.send_signal(signal.SIGKILL)
+            server.kill()
     models, routed, stream = said
     assert {"auto", "medicine", "law", "cooking"} <= {model["id"] for model in json.loads(models)["data"]}
     assert json.loads(routed)["retain"]["expert"] == "law"
@@ -78,7 +77,7 @@ def test_from_rows_to_curl(tmp_path, tiny_cache, thin_suites, monkeypatch, capsy
     assert (tmp_path / "both" / "adapter_config.json").is_file()
 
 
-def wait_for(address: str, server: Script, seconds: float = 120) -> None:
+def wait_for(address: str, server: subprocess.Popen, seconds: float = 120) -> None:
     """Until a server answers; it has ended before that when something is wrong."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

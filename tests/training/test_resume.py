@@ -197,9 +197,6 @@ def test_interrupted_where_files_are_made(whole, moments_of_one_run, number):
     config, place = moments_of_one_run
     shutil.rmtree(place / "run")
     shutil.move(place / str(number), place / "run")
-    left = everything(place / "run")
-    assert left
-    assert left.keys() != everything(whole[0]).keys(), "the run must have been going on"
     run(config, lambda line: None)
     assert_same(left_behind(whole[0]), left_behind(place / "run"))
 

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -185,16 +184,10 @@ def _one_thread() -> Iterator[None]:
 def _write_shard(
     recipe: Recipe, models: Sequence[Model], base: Model | None, like: Checkpoint, names: Sequence[str], file: Path
 ) -> None:
-    tensors = {name: (like.dtype(name), like.shape(name)) for name in names}
-    with Writer(file, tensors) as out, ThreadPoolExecutor(max_workers=1) as beside:
-        last: Future[None] | None = None
+    with Writer(file, {name: (like.dtype(name), like.shape(name)) for name in names}) as out:
         for name in out.order:
             for piece in merged_pieces(recipe, models, base, like, name):
-                if last is not None:
-                    last.result()
-                last = beside.submit(out.write, name, piece)  # while the next one is read and computed
-        if last is not None:
-            last.result()
+                out.write(name, piece)
 
 
 def merged_pieces(
