@@ -1,6 +1,7 @@
 """Which router finds the right expert, how sure it is, and what that costs: docs/routing.md.
 
     python bench/routing.py --data DATA    # measure, and write the page
+    python bench/routing.py --data DATA --experts 150    # also `likelihood`, with six experts of so many steps
     python bench/routing.py                # the page from the numbers that are there
 
 DATA is a folder with data sets (reasoning_gym, chinese_idioms, chinese_poetry, trivia_history, medmcqa,
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from routing_experts import BATCH, RANK, Scores, trained
 from routing_page import page
 from routing_questions import NEAR, Questions, near_prompts, read, stripped
 from safetensors.numpy import load_file, save_file
@@ -26,10 +28,12 @@ from sklearn.metrics import roc_auc_score
 from speed import about
 
 from retain.experts.choice import Choice
+from retain.experts.pool import AdapterPool
 from retain.experts.routing.base import Router
 from retain.experts.routing.combined import Combined
 from retain.experts.routing.gate import Gate
 from retain.experts.routing.keyword import Keyword
+from retain.experts.routing.likelihood import Likelihood, pool_scorer
 from retain.experts.routing.opening import DEPTH
 from retain.experts.routing.prototype import Prototype
 from retain.experts.routing.states import StateReader
@@ -142,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timed", type=int, default=24)
     parser.add_argument("--depths", type=float, nargs="*", default=DEPTHS)
     parser.add_argument("--states", type=Path, default=ROOT / "bench" / "out" / "routing")  # a file per model
+    parser.add_argument("--experts", type=int, metavar="STEPS", help="train and keep six experts, for `likelihood`")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "routing.md")
     given = parser.parse_args(argv)
@@ -178,6 +183,15 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
             "without": measure(make().fit(bare.fit, bare.nobody), bare, near),
         }
         say(f"{name}: {found[name]['given']['all']}")
+    scorer = None
+    if given.experts:
+        folder = given.states / f"experts-{Path(given.model).name}-{given.experts}"
+        library = trained(given.data, given.model, given.experts, folder, say)
+        own, _ = load_model(given.model, tokenizer=False)  # the other stays as it is: its answers are timed
+        scorer = pool_scorer(AdapterPool(own.eval().requires_grad_(False), library), tokenizer)
+        likelihood = Likelihood(Scores(scorer, folder / "scores.json", say)).fit(plain.fit, plain.nobody)
+        found["likelihood"] = {"given": measure(likelihood, plain, near)}
+        say(f"likelihood: {found['likelihood']['given']['all']}")
     trial, depths = read(given.data, given.fit, given.held, given.nobody, trial=True), {}
     for depth in sorted(given.depths):
         router = Combined(store.reader(depth)).fit(trial.fit, trial.nobody)
@@ -187,6 +201,9 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     for name, kind in (("prototype", Prototype), ("gate", Gate), ("combined", Combined)):
         live[name] = kind(store.reader(DEPTH)).fit(plain.fit, plain.nobody)
         live[name].reader = StateReader(model, tokenizer, DEPTH)  # type: ignore[attr-defined]
+    if scorer is not None:
+        likelihood.scorer = scorer
+        live["likelihood"] = likelihood
     with Company() as company:
         seconds = timed(live, model, tokenizer, mixed)
     return {
@@ -199,7 +216,8 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
             "near": list(NEAR),
             "timed": given.timed,
             "tokens": TOKENS,
-        },
+        }
+        | ({"steps": given.experts, "batch": BATCH, "rank": RANK} if given.experts else {}),
         "routers": found,
         "depths": depths,
         "seconds": seconds | {"others": company.share},

@@ -35,8 +35,7 @@ questions of the domains, and {core} other questions of the core suite, which ar
   {others:.0%} of the machine meanwhile, which lengthens both.
 
 The default is `{default}`{verdict}.
-`keyword` needs no model: it is what to take where none is at hand. `likelihood` was not measured here: it needs trained
-experts, and reads a question once with each of them and once with the base.
+`keyword` needs no model: it is what to take where none is at hand. {likelihood}
 
 ## By domain
 
@@ -71,6 +70,13 @@ with them; most differences are smaller than the intervals. Asked on the first t
 {depths}
 """
 
+_NOT_MEASURED = """`likelihood` was not measured here: it needs trained
+experts, and reads a question once with each of them and once with the base."""
+_MEASURED = """`likelihood` needs trained
+experts, and reads a question once with each of them and once with the base. Here they are LoRA adapters of rank {rank},
+trained for {steps} steps of {batch} rows on the training file of their domain, questions included: an expert that
+learned answers alone says less about questions."""
+
 
 def page(results: Mapping[str, Any]) -> str:
     """The whole page from the numbers of `bench/routing.py`."""
@@ -87,6 +93,7 @@ def page(results: Mapping[str, Any]) -> str:
         default=DEFAULT,
         verdict=", which meets the aims: 95 % right together, and less than 10 % of the answer's time" if met else "",
         others=seconds["others"],
+        likelihood=_MEASURED.format(**sizes) if "likelihood" in routers else _NOT_MEASURED,
         near=" and ".join(sizes["near"]),
         table=_table(
             ("router", "experts' questions", "core", "together", "AUROC", "sure", "time", "of the answer"),
@@ -111,6 +118,7 @@ def page(results: Mapping[str, Any]) -> str:
             [
                 (_named(n), *(_with_ends(one[form]["all"]) for form in ("given", "without", "taken off when asked")))
                 for n, one in routers.items()
+                if "without" in one  # the experts would have to be trained without templates, too
             ],
         ),
         kinds=_table(

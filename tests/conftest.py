@@ -39,6 +39,23 @@ def _libraries_out_of_sight() -> None:
     gc.freeze()
 
 
+#: Modules whose runs are looked at for other things than the charts of their reports; they take as long as the run.
+WITHOUT_CHARTS = {
+    *("test_avoiding", "test_blocks", "test_bottleneck", "test_distill", "test_packnet", "test_prioritised"),
+    *("test_remembering", "test_replay", "test_estimate", "test_resume", "test_own_data", "test_presets"),
+    *("test_workload", "test_totals", "test_pipeline_mistakes", "test_made", "test_domains", "test_trackers"),
+    *("test_bench_retention", "test_bench_dynamics", "test_bench_routing", "test_synth"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _charts_where_they_are_looked_at(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__.rpartition(".")[2] in WITHOUT_CHARTS:
+            patch.setattr("retain.report.figures.draw", lambda *given: [])
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random model and its tokenizer, as `model.name` takes it."""

@@ -65,6 +65,49 @@ def test_every_number_is_measured_and_shown(data, tiny_folder, tmp_path, capsys)
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_likelihood_is_measured_with_experts_that_are_kept(data, tiny_folder, tmp_path, monkeypatch):
+    for where in routing_questions.SETS.values():  # rows to learn from have answers
+        path = data / where / "train.jsonl"
+        rows = [json.loads(line) | {"response": "tea"} for line in path.read_text(encoding="utf-8").splitlines()]
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    out, page = tmp_path / "routing.json", tmp_path / "routing.md"
+    given = ["--data", str(data), "--model", str(tiny_folder), "--out", str(out), "--page", str(page)]
+    given += ["--states", str(tmp_path / "states"), "--experts", "2", "--depths", "0.5"]
+    given += ["--fit", "3", "--held", "2", "--nobody", str(len(routing_questions.core_prompts()) - 5), "--timed", "1"]
+    assert routing.main(given) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    one = found["routers"]["likelihood"]["given"]
+    assert one["domains"][3] == 12
+    assert found["seconds"]["likelihood"]["median"] > 0
+    text = page.read_text(encoding="utf-8")
+    assert f"| `likelihood` | {one['domains'][0]:.1%} | {one['core'][0]:.1%} |" in text
+    assert "trained for 2 steps" in text
+    (folder,) = (tmp_path / "states").glob("experts-*")
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    assert set(scores) == {"", *routing_questions.SETS}
+    text = next(iter(scores[""]))
+    assert len({score[text][0] for score in scores.values()}) > 1, "experts must differ from the base"
+    monkeypatch.setattr("retain.pipeline.run", None)  # nothing is trained again,
+    monkeypatch.setattr("retain.models.likelihood.text_log_likelihood", timed_only := Counted())
+    assert routing.main(given) == 0
+    assert timed_only.calls == 2 * 7, "nor read again, apart from what is timed: a question and its warm-up"
+    again = json.loads(out.read_text(encoding="utf-8"))
+    assert again["routers"] == found["routers"]
+
+
+class Counted:
+    """The real thing, counting how often it is asked."""
+
+    def __init__(self):
+        from retain.models.likelihood import text_log_likelihood
+
+        self.calls, self.inner = 0, text_log_likelihood
+
+    def __call__(self, *given):
+        self.calls += 1
+        return self.inner(*given)
+
+
 def test_the_page_in_the_docs_is_what_the_numbers_say():
     found = json.loads(routing.RESULTS.read_text(encoding="utf-8"))
     assert (BENCH.parent / "docs" / "routing.md").read_text(encoding="utf-8") == routing_page.page(found)

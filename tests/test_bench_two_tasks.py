@@ -33,6 +33,7 @@ def half_taught(tmp_path_factory):
 def quick(monkeypatch):
     """Trainings of two steps, of models that know nothing."""
     monkeypatch.setattr(two_tasks_runs, "STEPS", 2)
+    monkeypatch.setattr(two_tasks_runs, "ROWS", 32)
     monkeypatch.setattr(two_tasks, "NAIVE", [two_tasks.PLAIN, two_tasks.NAIVE[0]])
     monkeypatch.setattr(small_world, "pretrained", lambda seed, folder: small_world.untrained(seed))
 

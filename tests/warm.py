@@ -35,19 +35,31 @@ class Script:
         arguments: its words.
         folder: where its output is kept.
         more: variables besides those of `run_kit.environment`.
+        at: the folder that it works in; default: that of the server.
     """
 
-    def __init__(self, script: Path, arguments: list[str], folder: Path, more: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        script: Path,
+        arguments: list[str],
+        folder: Path,
+        more: Mapping[str, str] | None = None,
+        at: Path | None = None,
+    ) -> None:
         name = f"process-{next(_NUMBER)}"
         self._files = folder / f"{name}.out", folder / f"{name}.err"
         given = environment() | dict(more or {})
-        self._process = _CONTEXT.Process(target=_run, args=(str(script), arguments, given, *map(str, self._files)))
+        self._process = _CONTEXT.Process(target=_run, args=(str(script), arguments, given, at, *map(str, self._files)))
         with _importable(given["PYTHONPATH"]):
             self._process.start()
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
         return self._process.exitcode
+
+    def said(self) -> str:
+        """What it wrote until now, on both."""
+        return "".join(path.read_text() for path in self._files if path.exists())
 
     def send_signal(self, number: int) -> None:
         """A signal, to a process that may have ended."""
@@ -74,6 +86,11 @@ class Script:
         return self.poll()
 
 
+def command(words: list[str], folder: Path, more: Mapping[str, str] | None = None, at: Path | None = None) -> Script:
+    """`retain WORDS` in a process of its own, as `Script`."""
+    return Script(Path(__file__).parent / "command.py", words, folder, more, at)
+
+
 @contextlib.contextmanager
 def _importable(paths: str):
     """The server finds our packages by the variable alone: it is not told of `sys.path`."""
@@ -88,12 +105,14 @@ def _importable(paths: str):
             os.environ["PYTHONPATH"] = before
 
 
-def _run(script: str, arguments: list[str], given: dict[str, str], out: str, err: str) -> None:
+def _run(script: str, arguments: list[str], given: dict[str, str], at: Path | None, out: str, err: str) -> None:
     gc.freeze()  # as in conftest.py
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.clear()
     os.environ.update(given)
+    if at is not None:
+        os.chdir(at)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import signal
-import subprocess
 import sys
 
 import httpx
 import openai
 import pytest
 from expert_kit import library
-from serving_kit import Alone, ByWord, user
+from serving_kit import Alone, ByWord, until, user
+from warm import command
 
 from retain.cli import main
 from retain.experts import opening
@@ -105,30 +104,25 @@ def test_mistakes_are_one_line(typed, tmp_path, monkeypatch):
 
 def test_the_command_serves_until_it_is_told_to_stop(shelf, alone, tmp_path):
     """A process of its own, a signal, and exit code 0."""
-    command = [sys.executable, "-m", "retain", "serve", "--port", "0", "--library", str(shelf.folder), "--key", "one"]
-    command += ["--router", "none", "--max-tokens", "9"]
-    environment = os.environ | {"RETAIN_API_KEYS": "two, three", "COLUMNS": "200"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
-        try:
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if "http://" in line:
-                    break
-            url = said[-1].split()[0]
-            assert url.startswith("http://127.0.0.1:"), said
-            assert "base, history.v2, medicine, poems" in said[-1]
-            for key in ("one", "two", "three"):
-                client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
-                found = client.chat.completions.create(model="medicine", messages=user("?"), max_tokens=4)
-                assert found.choices[0].message.content == alone("medicine", user("?"), 4)[0]
-            assert httpx.get(f"{url}/models").status_code == 401
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+    words = ["serve", "--port", "0", "--library", str(shelf.folder), "--key", "one", "--router", "none"]
+    more = {"RETAIN_API_KEYS": "two, three", "COLUMNS": "200"}
+    process = command([*words, "--max-tokens", "9"], tmp_path, more)
+    try:
+        until(lambda: process.poll() is not None or "http://" in process.said(), 120)
+        line = next(line for line in process.said().splitlines() if "http://" in line)
+        url = line.split()[0]
+        assert url.startswith("http://127.0.0.1:"), process.said()
+        assert "base, history.v2, medicine, poems" in line
+        for key in ("one", "two", "three"):
+            client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
+            found = client.chat.completions.create(model="medicine", messages=user("?"), max_tokens=4)
+            assert found.choices[0].message.content == alone("medicine", user("?"), 4)[0]
+        assert httpx.get(f"{url}/models").status_code == 401
+        process.send_signal(signal.SIGTERM)
+        process.communicate(30)
+        assert process.returncode == 0
+    finally:
+        process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from run_kit import environment, response_rows, write_lines
 from tiny import tiny_model, tiny_tokenizer
+from typed import retain
 
 from retain.cli import main
 from retain.models import generation
@@ -230,16 +231,14 @@ def test_bad_input_is_exit_2_and_leaves_nothing(synth, tmp_path: Path, words: li
 
 
 @pytest.mark.slow
-def test_a_run_replays_the_file(synth, tmp_path: Path) -> None:
+def test_a_run_replays_the_file(synth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert synth("--out", "old.jsonl", *SMALL)[0] == 0
     write_lines(tmp_path / "a.jsonl", response_rows(24))
     settings = ["probes.limit=2", "train.max_steps=2", "train.max_length=256", "methods=[{replay: {fraction: 0.5}}]"]
     words = ["run", "--task", "a.jsonl", "--output", "out", "-o", "old=old.jsonl"]
     words += [word for setting in settings for word in ("-o", setting)]
-    done = subprocess.run(
-        [sys.executable, "-m", "retain", *words], capture_output=True, text=True, cwd=tmp_path, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    retain(monkeypatch, *words)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["old"] == "rows given by the user: old.jsonl"
     assert results["training"][0]["replay_rows"] > 0

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from warm import Script
 
 from retain.errors import ModelError, RetainError
 from retain.models.merge import merge
@@ -85,6 +86,28 @@ def test_the_dtype_is_the_bases_and_sums_are_rounded_once(place: Path, tmp_path:
         exact = start[name].double() + 0.25 * (final[name].double() - start[name].double())
         assert tensor.dtype == torch.bfloat16
         assert bool(((tensor.double() - exact).abs() <= 1.001 * 2**-8 * exact.abs()).all())  # half of a last place
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_two_in_half_precision_are_rounded_as_sums_in_float32_are(tmp_path: Path, kind: torch.dtype) -> None:
+    """Every number that the dtype has, against others: the same bits as widened, summed and rounded once."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(kind).reshape(256, 256)
+    every = torch.where(every.isfinite(), every, torch.zeros((), dtype=kind))
+    config = {"model_type": "its own", "tie_word_embeddings": False}
+    for seed, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        order = torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))
+        tensors = {"near": every * (1 + seed * 2**-6), "mixed": every.flatten()[order].reshape(256, 256)}
+        tensors["odd"] = tensors["mixed"].flatten()[:37].clone()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    for weights_ in ([1, 1], [0.3, 0.7], [2, 1]):
+        to = tmp_path / str(weights_)
+        merge([str(tmp_path / "one"), str(tmp_path / "two")], to, weights=weights_)
+        one, two, found = (load_file(f / "model.safetensors") for f in (tmp_path / "one", tmp_path / "two", to))
+        for name in found:
+            wide = torch.lerp(one[name].float(), two[name].float(), weights_[1] / sum(weights_)).to(kind)
+            assert torch.equal(found[name].view(torch.int16), wide.view(torch.int16)), name
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
@@ -250,13 +273,17 @@ def slow(*args):
 merge_checkpoints._write_shard = slow
 merge(sys.argv[2:], sys.argv[1], shard_size="30KB")
 """
+    beside, tmp_path = tmp_path / "process", tmp_path / "merging"
+    for folder in (beside, tmp_path):
+        folder.mkdir()
+    (beside / "slow.py").write_text(code)
     words = [str(tmp_path / "out"), str(place / "one"), str(place / "two")]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "shard\n"
-    time.sleep(0.05)
+    process = Script(beside / "slow.py", words, beside)
+    while process.poll() is None and not process.said().startswith("shard\n"):
+        time.sleep(0.01)
+    assert process.poll() is None, process.said()
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
     merge(words[1:], words[0], shard_size="30KB")

@@ -107,7 +107,7 @@ def test_killed_runs_end_with_the_same_bits(shop, whole, tmp_path, seed):
     for moment in moments(seed, 3):
         process = start(config)
         while process.poll() is None and not reached(tmp_path / "run", moment):
-            time.sleep(0.005)
+            time.sleep(0.01)
         time.sleep(draw.random() * 0.1)
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -162,13 +162,51 @@ def points():
     ]
 
 
-@pytest.mark.parametrize("number", range(13))
-def test_interrupted_where_files_are_made(shop, whole, tmp_path, monkeypatch, number):
+def copied_at(monkeypatch, owner, name, call, after, copy):
+    """The call-th call of a function copies what is on the disk, before or after doing its work."""
+    inner, count = getattr(owner, name), [0]
+
+    def copying(*args, **kwargs):
+        count[0] += 1
+        if count[0] == call and not after:
+            copy()
+        result = inner(*args, **kwargs)
+        if count[0] == call and after:
+            copy()
+        return result
+
+    monkeypatch.setattr(owner, name, copying)
+
+
+@pytest.fixture(scope="module")
+def moments_of_one_run(shop, tmp_path_factory):
+    """(Configuration, folder of copies): one run, and for each of `points` its directory as a kill there leaves it."""
     torch.set_num_threads(1)
-    _, owner, name, call, after = points()[number]
+    place = tmp_path_factory.mktemp("moments")
+    config = parse(values_of(shop, place / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        for number, (_, *point) in enumerate(points()):
+            copied_at(patch, *point, lambda to=place / str(number): shutil.copytree(place / "run", to))
+        run(config, lambda line: None)
+    return config, place
+
+
+@pytest.mark.parametrize("number", range(13))
+def test_interrupted_where_files_are_made(whole, moments_of_one_run, number):
+    torch.set_num_threads(1)
+    config, place = moments_of_one_run
+    shutil.rmtree(place / "run")
+    shutil.move(place / str(number), place / "run")
+    run(config, lambda line: None)
+    assert_same(left_behind(whole[0]), left_behind(place / "run"))
+
+
+def test_an_exception_leaves_no_more_than_a_kill(shop, whole, tmp_path):
+    """What is cleaned up on the way out must not stand in the way of going on."""
+    torch.set_num_threads(1)
     config = parse(values_of(shop, tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, owner, name, call, after)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, *points()[1][1:])
         with pytest.raises(Killed):
             run(config, lambda line: None)
     run(config, lambda line: None)

@@ -204,9 +204,10 @@ def merged_pieces(
     if not kind.is_floating_point or same == {(like.folder, name)}:
         yield from (like.read(name, span) for span in spans)
         return
-    wide = torch.float32
-    for model in [*models, base] if base else models:
-        wide = torch.promote_types(wide, model.checkpoint.dtype(name))
+    taking_part = [*models, base] if base else models
+    stored = {kind, *(model.checkpoint.dtype(name) for model in taking_part)}
+    # an adapter's product is added before the sum, and must not be rounded there
+    wide = recipe.computes_in({torch.float32, *stored} if any(name in m.changes for m in taking_part) else stored)
 
     def reader(model: Model) -> Callable[[slice], Tensor]:
         return lambda span: model.read(name, span, wide)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,18 @@ def render(
 
 def template(name: str) -> Template:
     """A template of this folder; every value that it shows is escaped."""
+    return _templates(language.tag()).get_template(name)
+
+
+@cache
+def _templates(tag: str) -> Environment:
+    """Those of a language, each compiled once: a run writes its report after every task."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"t": say, "name": language.name, "quoted": language.quoted, "lang": language.tag()}
+    environment.globals |= {"t": say, "name": language.name, "quoted": language.quoted, "lang": tag}
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
-    return environment.get_template(name)
+    return environment
 
 
 def _tick(info: ProbeInfo, change: Change, scale: float) -> dict[str, float]:
