@@ -87,7 +87,7 @@ class RunConfig(Settings):
     monitor: MonitorConfig | None = None
     """Looks while training, and what they lead to; `true` for the usual ones, none when not given."""
     budget: BudgetConfig | None = None
-    """How much may be forgotten; a number is `lose_at_most`, none when not given."""
+    """How much may be forgotten; a number, or `1%`, is `lose_at_most`; none when not given."""
     train: dict[str, Any] = {}
     """Any field of TRL's SFTConfig (a TrainingArguments): learning_rate, max_steps, bf16, …"""
     private: bool = False
@@ -131,7 +131,7 @@ class RunConfig(Settings):
     def _budget_number(cls, value: Any) -> Any:
         if isinstance(value, bool):
             return {} if value else None
-        return {"lose_at_most": value} if isinstance(value, int | float) else value
+        return {"lose_at_most": value} if isinstance(value, int | float | str) else value
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -237,7 +237,8 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
                     f"-o {assignment}: no entry '{key}' there; entries are numbered 0 to {len(place) - 1}."
                 ) from None
             if not isinstance(following, dict | list):
-                following = {("name" if keys[i] == "model" else "data"): following}
+                short = {"model": "name", "budget": "lose_at_most"}.get(keys[i], "data")
+                following = {} if following is None or isinstance(following, bool) else {short: following}
                 place[int(key) if isinstance(place, list) else key] = following
             place = following
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from retain.data.tasks import Task
     from retain.estimate import Estimate
 
+BUDGET = "Largest loss on old abilities: 1%, 1pt or 0.01 is one point. Exit with 1 when nothing fits it."
+KEEP = "What the budget is on: a suite, probe file or task, as in probes.reference; all that is there by default."
+
 
 def command(
     config: Annotated[str | None, typer.Argument(help="A YAML file. Without one, give --task.")] = None,
@@ -20,6 +25,8 @@ def command(
     model: Annotated[str | None, typer.Option("--model", "-m", help="starter, a folder, or a hub id.")] = None,
     output: Annotated[str | None, typer.Option("--output", help="Run directory.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="A recipe by name; see `retain methods`.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help=BUDGET)] = None,
+    keep: Annotated[list[str], typer.Option("--keep", help=KEEP)] = [],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", "-o", help="Override a setting.")] = [],  # noqa: B006
 ) -> None:
     """Check a configuration, its data and its run directory; estimate memory and time; show all settings.
@@ -29,7 +36,7 @@ def command(
     from retain.cli.common import console, quiet_libraries
     from retain.config import dump
 
-    settings = configuration(config, task, model, output, set_, preset)
+    settings = configuration(config, task, model, output, set_, preset, budget, keep)
     quiet_libraries()
     from retain.estimate import estimate
     from retain.inputs import load_probes, read_rows
@@ -142,6 +149,8 @@ def configuration(
     output: str | None,
     overrides: list[str],
     preset: str | None = None,
+    budget: str | None = None,
+    keep: Sequence[str] = (),
 ) -> RunConfig:
     """The configuration of a file, or of options alone, with overrides.
 
@@ -151,9 +160,16 @@ def configuration(
     from retain.config import override, parse, read
     from retain.errors import ConfigError
     from retain.presets import filled
+    from retain.settings import share
 
     extra = [f"output={output}"] if output else []
     extra += [f"model.name={model}"] if model else []
+    if budget is not None:
+        try:
+            extra.append(f"budget.lose_at_most={share(budget)}")
+        except ValueError as error:
+            raise ConfigError(f"--budget {budget}: {error}.") from None
+    extra += [f"budget.on={json.dumps(list(keep))}"] if keep else []
     if config is not None:
         if tasks:
             raise ConfigError("--task: tasks stand in the YAML file. Give one or the other.")
