@@ -32,6 +32,7 @@ LAYERS = [
     {"report"},
     {"inputs", "outcome", "workload"},
     {"pipeline"},
+    {"timing"},
     {"estimate"},
     {"experts", "advice"},
     {"comparison", "measuring"},
@@ -56,7 +57,8 @@ ONLY = {
     "totals": {"items", "functional", "results", "errors"},
     "outcome": {"errors", "config", "results", "items", "analysis", "drift", "rundir", "totals"},
     "workload": {"errors", "functional", "data", "models", "probes", "training"},
-    "estimate": {"errors", "functional", "data", "methods", "models", "probes", "training", "workload"},
+    "timing": {"errors", "functional", "probes", "training", "workload"},
+    "estimate": {"errors", "functional", "data", "methods", "models", "probes", "timing", "training", "workload"},
     "methods": {"errors", "functional", "data", "models"},
     "probes": {"errors", "functional", "results", "data", "models"},
 }
