@@ -8,7 +8,7 @@ from typing import NamedTuple
 from retain.report import language, wording
 from retain.report.language import say
 from retain.report.wording import Tone
-from retain.results import Budget, BudgetPoint, Estimate, Results
+from retain.results import Budget, BudgetPoint, Estimate, ProbeInfo, Results
 
 
 class Said(NamedTuple):
@@ -76,6 +76,9 @@ def _block(results: Results, budget: Budget) -> Block:
 def _numbers(results: Results, budget: Budget) -> list[tuple[str, str, str, str]]:
     percent = wording.percent(f"{100 * budget.confidence:g}")
     infos = [info for info in results.probes if info.name in budget.probes]
+    own = [info for info in results.probes if info.task == budget.task]
+    shares = [info for info in own if wording.is_share(info)]  # as `training.control` takes the mean
+    unit = [*shares, *own][:1]
     limits = [_limit(budget)] if not infos or any(not info.is_perplexity for info in infos) else []
     limits += [_nats(budget.lose_at_most_nats)] if any(info.is_perplexity for info in infos) else []
     about = say("budget.allowed_means", items=budget.items, names=wording.listed(budget.probes))
@@ -92,7 +95,7 @@ def _numbers(results: Results, budget: Budget) -> list[tuple[str, str, str, str]
         found.append((say("budget.lost_nats"), _nats(here.nats), bound, meaning))
     found.append((say("budget.share"), _share(budget.share), "", say("budget.share_means")))
     if budget.learned is not None:
-        found.append((say("budget.learned"), _gain(budget.learned), "", _price(budget)))
+        found.append((say("budget.learned"), _gain(budget.learned, *unit), "", _price(budget, *unit)))
     if budget.drift is not None:
         found.append((say("budget.drift"), _nats(budget.drift), "", _thermostat(budget)))
     if budget.items_needed is not None:
@@ -128,12 +131,12 @@ def _why_not(budget: Budget, point: BudgetPoint) -> str:
     return say("budget.least", share=share, upper=_nats(point.upper_nats), limit=_nats(budget.lose_at_most_nats))
 
 
-def _price(budget: Budget) -> str:
+def _price(budget: Budget, info: ProbeInfo | None = None) -> str:
     if budget.learned is None or budget.learned_without is None:
         return say("budget.learned_means")
     price = budget.learned_without - budget.learned
     key = "budget.price" if price > 5e-4 else "budget.no_price"
-    return say(key, without=_gain(budget.learned_without), price=_amount(price))
+    return say(key, without=_gain(budget.learned_without, info), price=_gain(price, info, sign=False))
 
 
 def _thermostat(budget: Budget) -> str:
@@ -168,8 +171,11 @@ def _nats(value: float | None) -> str:
     return "–" if value is None else f"{wording.number(value, 3)} {say('unit.nats_token')}"
 
 
-def _gain(value: float) -> str:
-    return f"{wording.points(value)} {say('unit.points')}"
+def _gain(value: float, info: ProbeInfo | None = None, sign: bool = True) -> str:
+    """Of the task's own probes: in points where they are scored from 0 to 1, else in the unit of the first."""
+    if info is None:
+        return f"{wording.number(100 * value, 1, sign)} {say('unit.points')}"
+    return f"{wording.difference(info, value, sign)} {wording.unit(info)}"
 
 
 def _share(value: float) -> str:
