@@ -57,7 +57,7 @@ ONLY = {
     "totals": {"items", "functional", "results", "errors"},
     "outcome": {"errors", "config", "results", "items", "analysis", "drift", "rundir", "totals"},
     "workload": {"errors", "functional", "data", "models", "probes", "training"},
-    "timing": {"errors", "functional", "probes", "training", "workload"},
+    "timing": {"inputs", "probes", "training", "workload"},
     "estimate": {"errors", "functional", "data", "methods", "models", "probes", "timing", "training", "workload"},
     "methods": {"errors", "functional", "data", "models"},
     "probes": {"errors", "functional", "results", "data", "models"},

@@ -165,6 +165,30 @@ def load_probes(
     return probes, infos, questions
 
 
+def budget_probes(config: RunConfig, infos: Sequence[ProbeInfo]) -> list[str]:
+    """Names of the probes that the budget of a run is on: those of `budget.on`, or all of `probes.reference`.
+
+    Raises:
+        ConfigError: a source of `budget.on` that is not among `probes.reference`.
+        DataError: a source that cannot be read.
+    """
+    from retain.probes import suite
+
+    known = [info.name for info in infos if info.role == "reference"]
+    if config.budget is None or config.budget.on is None:
+        return known
+    found: list[str] = []
+    for source in config.budget.on:
+        names = [probe.name for probe in suite.load_probes(source, config.probes.limit)]
+        if missing := [name for name in names if name not in known]:
+            raise ConfigError(
+                f"budget.on: {source} is not measured ('{missing[0]}'). Add it to probes.reference, which has "
+                f"{', '.join(map(str, config.probes.reference)) or 'nothing'}."
+            )
+        found += [name for name in names if name not in found]
+    return found
+
+
 def require_items(probe: Any, where: str, limits: Mapping[str, int | None], more: str = "items") -> None:
     """Refuse a probe whose answers would give no interval, before they are asked for.
 

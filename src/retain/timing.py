@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from retain.inputs import budget_probes
 from retain.probes.base import Probe
 from retain.training.monitor import ForgettingMonitor
 from retain.training.rehearsal import Batch
 from retain.workload import Questions, TaskWork, questions, said_by_base, watching
 
 if TYPE_CHECKING:
-    from retain.config import RunConfig
+    from retain.config import BudgetConfig, RunConfig
     from retain.results import ProbeInfo
 
 #: Rows and tokens of a pass by which reading is timed; about what a CPU reads at once (`retain.models.rows`).
@@ -45,7 +46,42 @@ def asked(
         found["looks of the monitor"] = watching(monitor, work, own, tokenizer)
         if monitor.old or any(own):
             notes.append("monitor: probes are asked more often where loss or divergence on the anchors rises")
+    if config.budget is not None:
+        names = budget_probes(config, infos)
+        found |= budgeted(config.budget, work, [p for p in probes if p.name in names], own, tokenizer)
     return found
+
+
+def budgeted(
+    c: BudgetConfig,
+    work: Sequence[TaskWork],
+    kept: Sequence[Probe],
+    own: Sequence[Sequence[Probe]],
+    tokenizer: Any,
+) -> Asked:
+    """What a budget asks: the drift while training, the probes at some of these looks, and the search afterwards.
+
+    The search is counted with all its tries; it ends at the first where the whole step is inside.
+
+    Args:
+        kept: probes that it is on.
+        own: probes of each task, asked at the chosen share and at the end.
+    """
+    anchors = ForgettingMonitor(
+        probes=[], anchors=c.anchors, anchor_count=c.anchor_count, anchor_tokens=c.anchor_tokens
+    ).with_tokenizer(tokenizer)
+    drift = Questions(sum(map(len, anchors.rows)), [])
+    # the base reads the anchors twice, a later task begins with a look, and the last step has one
+    looks = 2 + len(work) - 1 + sum(-(-task.steps // c.every) for task in work)
+    asked = sum(min(c.calibrate, max(0, (task.steps - 1) // c.every)) for task in work)
+    once = questions(kept, tokenizer)
+    return {
+        "budget: looks while training": [(looks, drift), (asked, once)],
+        "budget: search afterwards, at most": [
+            (c.tries * len(work), once),
+            *((2, questions(mine, tokenizer)) for mine in own),
+        ],
+    }
 
 
 def learning(work: Sequence[TaskWork], takes: Mapping[str, float], usual: Batch, largest: Batch) -> dict[str, float]:

@@ -119,7 +119,12 @@ def test_the_outcome_stands_on_top_in_every_form(changes, word, said, make_run):
         assert word in text
     assert ("budget not met" in page.text.split("What was lost")[0]) == (not results.budgets[0].feasible)
     assert said[1:] in rest
-    for part in ("on 431 items: countries, plain text", "More replay: a larger ", "3,100", "3 jumps were taken back in part"):
+    for part in (
+        "on 431 items: countries, plain text",
+        "More replay: a larger ",
+        "3,100",
+        "3 jumps were taken back in part",
+    ):
         assert part in rest
         assert part in (directory / "report.md").read_text(encoding="utf-8")
     assert "what would help" in rest.lower()
@@ -138,7 +143,7 @@ def test_what_it_cost_is_the_difference_in_what_was_learned(make_run):
     assert [row[0] for row in block.points] == ["64 %", "80 %", "100 %"]
     assert [row[-1] for row in block.points] == ["inside", "outside", "outside"]
     same = budget.blocks(with_budgets(make_run("same", tasks=["one"]), found(learned=0.15)))[0]
-    assert "cost nothing" in dict((n, m) for n, _, _, m in same.numbers)["New task"]
+    assert "cost nothing" in {n: m for n, _, _, m in same.numbers}["New task"]
 
 
 def test_each_task_has_a_block_and_pictures(make_run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from retain.config import RunConfig
     from retain.data.tasks import Task
     from retain.estimate import Estimate
+    from retain.results import ProbeInfo
 
+#: Share of answers that change without being worse, for which the sure loss is shown; a short fine-tune changes as many.
+FLIPS = 0.05
 BUDGET = "Largest loss on old abilities: 1%, 1pt or 0.01 is one point. Exit with 1 when nothing fits it."
 KEEP = "What the budget is on: a suite, probe file or task, as in probes.reference; all that is there by default."
 
@@ -68,6 +71,7 @@ def command(
     out.print(_tasks(found, tasks))
     for note in [*notes, *found.notes]:
         out.print(f"  {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    _show_budget(out, settings, probes, infos)
     out.print()
     out.print(_needs(found))
     if not found.fits:
@@ -80,6 +84,44 @@ def command(
             out.print(f"  {number}. {step}", markup=False, highlight=False)
     out.print("\n[dim]All settings:[/dim]")
     print(dump(settings))
+
+
+def _show_budget(out: Any, settings: RunConfig, probes: Sequence[Any], infos: Sequence[ProbeInfo]) -> None:
+    """What a budget asks of the probes, and what they can be sure of.
+
+    Raises:
+        ConfigError: a budget that they cannot certify, or on what is not measured.
+    """
+    from retain.functional.budget import items_needed
+    from retain.functional.certify import certifiable
+    from retain.inputs import budget_probes
+    from retain.items import is_divergence
+    from retain.training.settling import too_few
+
+    if (budget := settings.budget) is None:
+        return
+    names = budget_probes(settings, infos)
+    kept = [info for info in infos if info.name in names]
+    sizes = [info.items for info in kept if not info.is_perplexity and not is_divergence(info)]
+    texts = sum(info.items for info in kept if info.is_perplexity)
+    limits = (
+        [f"at most {100 * budget.lose_at_most:g} points lost, on {sum(sizes)} items of {len(sizes)} probes"]
+        if sizes
+        else []
+    )
+    limits += [f"at most {budget.lose_at_most_nats:g} nats per token, on {texts} texts"] if texts else []
+    lines = [f"{'; '.join(limits)} ({budget.confidence:.0%} confidence)"]
+    changes = {0.0: "no answer changes", FLIPS: f"{FLIPS:.0%} of them change, as many for the better"}
+    for flips, word in changes.items() if sizes else ():
+        sure = 100 * certifiable(sizes, budget.confidence, flips)
+        needed = items_needed(budget.lose_at_most, budget.confidence, flips, sizes)
+        enough = "enough" if needed <= sum(sizes) else f"{needed:,} items needed"
+        lines.append(f"if {word}: a loss above {sure:.2g} points is ruled out; {enough}")
+    out.print()
+    for head, line in zip(("budget", *[""] * len(lines)), lines):
+        out.print(f"[bold]{head:<10}[/bold]", end="")
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    too_few(budget, sizes)
 
 
 def _tasks(found: Estimate, tasks: list[Task]) -> Table:

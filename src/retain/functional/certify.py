@@ -30,7 +30,9 @@ def certifiable(
     """
     counts = np.asarray(sizes, dtype=float)
     if not len(counts) or (counts <= 0).any() or not 0 <= discordance <= 1:
-        raise DataError(f"certifiable: sizes {list(sizes)}, discordance {discordance}. Give items, and a share of them.")
+        raise DataError(
+            f"certifiable: sizes {list(sizes)}, discordance {discordance}. Give items, and a share of them."
+        )
     flips = np.full(len(counts), float(discordance))
     error = math.sqrt(float((flips / counts).sum())) / len(counts)
     unlucky = np.full(len(counts), min(float(stats.norm.ppf(power)) * error, discordance))

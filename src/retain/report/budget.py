@@ -148,7 +148,7 @@ def _thermostat(budget: Budget) -> str:
 
 
 def _sentence(line: str) -> str:
-    text = language.quoted(line).rstrip(".。")
+    text = language.quoted(line).rstrip(".。").replace("`", "")
     return text[:1].upper() + text[1:] + say("sentence.end")
 
 

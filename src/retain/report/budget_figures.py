@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ def curve(budget: Budget, number: int = 1, several: bool = False) -> Picture | N
         for axes, panel in zip(all_axes, panels):
             _lost(axes, budget, points) if panel == "loss" else _lost_nats(axes, budget, points)
             axes.grid(color=(0.5, 0.5, 0.5, 0.25), linewidth=0.6)
+            axes.set_ylim(min(axes.get_ylim()[0], 0), axes.get_ylim()[1])
+        all_axes[-1].set_xlim(0, 104)
         all_axes[-1].set_xlabel(say("budget.axis_share"))
         handles, labels = all_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=3, fontsize=10.5, handlelength=1.4)
@@ -70,7 +73,9 @@ def held(budget: Budget, looks: Sequence[Mapping[str, Any]], number: int = 1, se
         factors = [found[s]["factor"] for s in steps]
         below.step(steps, factors, where="post", color=RUNS[0], linewidth=1.6)
         below.set_yscale("log", base=2)
-        below.set_ylim(min(0.5, *factors) / 1.2, max(2.0, *factors) * 1.2)
+        least, most = min(0.5, *factors), max(2.0, *factors)
+        below.set_ylim(least / 1.2, most * 1.2)
+        below.set_yticks([2.0**k for k in range(math.ceil(math.log2(least)), math.floor(math.log2(most)) + 1)])
         below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         below.yaxis.set_minor_formatter(NullFormatter())
         below.set_ylabel(say("budget.axis_factor"))
