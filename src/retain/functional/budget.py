@@ -1,7 +1,7 @@
 """How much was lost at most, how sure that is, and how hard to hold on: the mathematics of a forgetting budget.
 
-Losses are before − after, so positive is worse; scores lie in [0, 1]. Drift is the divergence from the base, in nats per
-token.
+Losses are before − after, so positive is worse; scores lie in [0, 1]. Drift is the divergence from the base, in nats
+per token.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def loss_bound(before: ArrayLike, after: ArrayLike, strata: ArrayLike, confidenc
     Tango-like closed form and z²/(n + z²) where nothing changed, and that is too near: 2.7/n, where the exact bound is
     3/n, and the truth is above it in 6.7 % of samples instead of 5 %.
 
-    Where nothing changed, Student's t and the bootstrap have no width; this has, and with many changes it goes over into
-    them (a little wider).
+    Where nothing changed, Student's t and the bootstrap have no width; this has, and with many changes it goes over
+    into them (a little wider).
 
     Args:
         before, after: (n,) scores in [0, 1] of the same items, right or wrong or in between.
@@ -140,6 +140,25 @@ def items_needed(
     return many
 
 
+def items_to_show(
+    means: ArrayLike, squares: ArrayLike, counts: ArrayLike, limit: float, confidence: float = 0.95
+) -> int | None:
+    """Items in all, spread as they are, with which the same losses would be inside the limit; None if never.
+
+    Args: as `upper_of`; limit: of the mean loss.
+    """
+    sizes = np.asarray(counts, dtype=float)
+    if float(np.asarray(means, dtype=float).mean()) >= limit:
+        return None
+    most = _MOST_ITEMS / sizes.sum()
+    if upper_of(means, squares, sizes * most, confidence) > limit:
+        return None
+    times = optimize.brentq(
+        lambda k: upper_of(means, squares, sizes * k, confidence) - limit, 1 / sizes.min(), most, xtol=1e-6
+    )
+    return math.ceil(times * sizes.sum())
+
+
 def nats_bound(
     losses: Sequence[ArrayLike],
     weights: Sequence[ArrayLike | None] | None = None,
@@ -197,9 +216,9 @@ def drift_limit(limit: float, seen: Sequence[tuple[float, float]] = (), prior: f
     (loss / drift), weighted by drift² as in least squares through the origin, together with the prior, which counts as
     much as one look at the drift that it allows. A look outside 1/10 to 10 times the prior counts as at that end.
 
-    The prior: a nat per token takes the likelihood of a right answer down to e⁻¹ of itself, on average in the logarithm,
-    and a score that is about one half in the mean falls by about half of a small drift: c = 0.5. For perplexity it is 1:
-    on texts that the base wrote itself, the rise of the loss is the divergence.
+    The prior: a nat per token takes the likelihood of a right answer down to e⁻¹ of itself, on average in the
+    logarithm, and a score that is about one half in the mean falls by about half of a small drift: c = 0.5. For
+    perplexity it is 1: on texts that the base wrote itself, the rise of the loss is the divergence.
 
     Args:
         limit: loss of score, or in nats per token.
