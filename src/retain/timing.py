@@ -47,8 +47,7 @@ def asked(
         if monitor.old or any(own):
             notes.append("monitor: probes are asked more often where loss or divergence on the anchors rises")
     if config.budget is not None:
-        names = budget_probes(config, infos)
-        found |= budgeted(config.budget, work, [p for p in probes if p.name in names], own, tokenizer)
+        found |= budgeted(config.budget, work, budget_probes(config, probes, infos), own, tokenizer)
     return found
 
 

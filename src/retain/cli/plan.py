@@ -69,7 +69,8 @@ def command(
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     out.print()
     out.print(_tasks(found, tasks))
-    for note in [*notes, *found.notes]:
+    said = [note for note in notes if not note.startswith("budget: ")]  # that is shown below
+    for note in [*said, *found.notes]:
         out.print(f"  {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
     _show_budget(out, settings, probes, infos)
     out.print()
@@ -87,21 +88,15 @@ def command(
 
 
 def _show_budget(out: Any, settings: RunConfig, probes: Sequence[Any], infos: Sequence[ProbeInfo]) -> None:
-    """What a budget asks of the probes, and what they can be sure of.
-
-    Raises:
-        ConfigError: a budget that they cannot certify, or on what is not measured.
-    """
+    """What a budget asks of the probes, and what they can be sure of."""
     from retain.functional.budget import items_needed
     from retain.functional.certify import certifiable
     from retain.inputs import budget_probes
     from retain.items import is_divergence
-    from retain.training.settling import too_few
 
     if (budget := settings.budget) is None:
         return
-    names = budget_probes(settings, infos)
-    kept = [info for info in infos if info.name in names]
+    kept = [probe.info("reference") for probe in budget_probes(settings, probes, infos)]
     sizes = [info.items for info in kept if not info.is_perplexity and not is_divergence(info)]
     texts = sum(info.items for info in kept if info.is_perplexity)
     limits = (
@@ -121,7 +116,6 @@ def _show_budget(out: Any, settings: RunConfig, probes: Sequence[Any], infos: Se
     for head, line in zip(("budget", *[""] * len(lines)), lines):
         out.print(f"[bold]{head:<10}[/bold]", end="")
         out.print(line, markup=False, highlight=False, soft_wrap=True)
-    too_few(budget, sizes)
 
 
 def _tasks(found: Estimate, tasks: list[Task]) -> Table:

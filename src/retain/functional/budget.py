@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from retain.errors import DataError
+from retain.errors import ConfigError, DataError
 from retain.functional import statistics
 
 POWER = 0.8
@@ -138,6 +138,29 @@ def items_needed(
         middle = (few + many) // 2
         few, many = (few, middle) if enough(middle) else (middle, many)
     return many
+
+
+def require_items(limit: float, confidence: float, sizes: Sequence[int]) -> None:
+    """Refuse a budget that probes of these sizes cannot certify, even if no answer changes.
+
+    Args:
+        limit: of the mean loss of score.
+        sizes: items of each probe that scores between 0 and 1; none are always enough.
+
+    Raises:
+        ConfigError: with the number of items that is needed.
+    """
+    needed = items_needed(limit, confidence, strata=sizes) if len(sizes) else 0
+    if needed <= sum(sizes):
+        return
+    even = items_needed(limit, confidence, strata=[1] * len(sizes))
+    spread = f", or {even} if all probes are of one size" if even < needed else ""
+    probes = "1 probe" if len(sizes) == 1 else f"{len(sizes)} probes"
+    raise ConfigError(
+        f"budget.lose_at_most: {sum(sizes)} items ({probes}) cannot show that at most {limit:.2%} is lost at "
+        f"{confidence:.0%} confidence, even if no answer changes; {needed} are needed{spread}. Give more items "
+        "(`budget.on`, `probes.limit`), or a looser budget."
+    )
 
 
 def items_to_show(

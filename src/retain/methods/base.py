@@ -377,8 +377,8 @@ def _with_auto() -> str:
     """Names of the methods whose strength can be found."""
     from retain.methods import load, names
 
-    fit = [name for name in names() if "strength" in load(name).Config.model_fields and load(name)().boosts]
-    return ", ".join(fit)
+    made = [load(name)() for name in names()]
+    return ", ".join(m.name for m in made if m.boosts and "strength" in m.Config.model_fields)
 
 
 def _fields(schema: Any, parents: list[str]) -> list[str]:

@@ -123,7 +123,9 @@ class ForgettingBudget(TrainerCallback):
             settings["anchors"] = anchors
         self.settings: BudgetConfig = validated(BudgetConfig, settings, "budget")
         c = self.settings
-        self.control = Control(_loaded(given or c.on or ["core"]), _loaded(tasks), c, before, precision)
+        self.control = Control(
+            _loaded((c.on or ["core"]) if given is None else given), _loaded(tasks), c, before, precision
+        )
         if anchors is None or isinstance(anchors, str):
             anchors = list(load_texts(c.anchors)["text"] if c.anchors else anchor_texts(c.anchor_count))
         self.texts = list(anchors)[: c.anchor_count]
@@ -157,7 +159,9 @@ class ForgettingBudget(TrainerCallback):
             ConfigError: items too few to certify the budget, or a method that cannot be led back.
         """
         if self.settles:
-            settling.check(self.control, trainer.stack)
+            settling.refuse(trainer.stack)
+            if PartialState().is_main_process:
+                self.control.check()
         trainer.add_callback(self)
         self.trainer = trainer
         return self

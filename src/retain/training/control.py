@@ -41,9 +41,6 @@ class Control:
         settings: limits and confidence.
         before: item rows of the base, or None to ask it.
         precision: the arithmetic in which the rows before were made.
-
-    Raises:
-        ConfigError: no probe whose loss can be bounded.
     """
 
     def __init__(
@@ -58,8 +55,6 @@ class Control:
         self.learned = list(learned)
         self.settings, self.precision = settings, precision
         self.before = None if before is None else items.by_probe(before)
-        if not self.kept:
-            raise ConfigError("budget.on: no probe whose loss can be bounded. Name a suite or a file with questions.")
 
     @property
     def names(self) -> list[str]:
@@ -75,6 +70,16 @@ class Control:
     def sizes(self) -> list[int]:
         """Items of each of those that score between 0 and 1, as far as that is known before they are asked."""
         return [len(p.items) for p in self.kept if not p.info("reference").is_perplexity]
+
+    def check(self) -> None:
+        """Find out whether the budget can be certified, before anything is asked.
+
+        Raises:
+            ConfigError: no probe whose loss can be bounded, or too few items even if no answer changes.
+        """
+        if not self.kept:
+            raise ConfigError("budget.on: no probe whose loss can be bounded. Name a suite or a file with questions.")
+        maths.require_items(self.settings.lose_at_most, self.settings.confidence, self.sizes)
 
     def know(self, before: Rows) -> None:
         """Take these item rows for those of the base."""

@@ -11,7 +11,7 @@ from retain.functional import budget as maths
 from retain.methods.base import Stack
 from retain.results import Budget, BudgetPoint, write_text
 from retain.training import hosts
-from retain.training.control import Control, Spread
+from retain.training.control import Spread
 from retain.training.way import Way
 
 if TYPE_CHECKING:
@@ -23,48 +23,15 @@ REFUSED = {
 }
 
 
-def check(control: Control, stack: Stack) -> None:
-    """Refuse what cannot come to anything, before training.
+def refuse(stack: Stack) -> None:
+    """Refuse methods whose model cannot be led back.
 
     Raises:
-        ConfigError: items too few to certify the budget even if no answer changes, or a method of `REFUSED`.
+        ConfigError: one of `REFUSED`.
     """
     for method in stack.methods:
         if method.name in REFUSED:
-            raise ConfigError(f"budget: not with `{method.name}` ({REFUSED[method.name]}). Remove one of them.")
-    require_items(control)
-
-
-def require_items(control: Control) -> None:
-    """Raise ConfigError where the budget cannot be certified with so few items.
-
-    Raises:
-        ConfigError: with the number that is needed.
-    """
-    too_few(control.settings, control.sizes)
-
-
-def too_few(settings: Any, sizes: list[int]) -> None:
-    """Refuse a budget that probes of these sizes cannot certify.
-
-    Args:
-        settings: `BudgetConfig`.
-        sizes: items of each probe that scores between 0 and 1.
-
-    Raises:
-        ConfigError: with the number of items that is needed.
-    """
-    if not sizes:
-        return
-    needed = maths.items_needed(settings.lose_at_most, settings.confidence, strata=sizes)
-    if needed > sum(sizes):
-        even = maths.items_needed(settings.lose_at_most, settings.confidence, strata=[1] * len(sizes))
-        spread = f" ({even} if all probes are of one size)" if even < needed else ""
-        raise ConfigError(
-            f"budget.lose_at_most: {sum(sizes)} items on {len(sizes)} probes cannot show a loss of at most "
-            f"{settings.lose_at_most:.2%} at {settings.confidence:.0%} confidence, even if no answer changes; "
-            f"{needed} are needed{spread}. Give more items (`budget.on`, `probes.limit`), or a looser budget."
-        )
+            raise ConfigError(f"budget: not with `{method.name}`: {REFUSED[method.name]}. Remove one of them.")
 
 
 def settle(budget: ForgettingBudget, model: Any, run: Any) -> Budget | None:
@@ -97,7 +64,7 @@ def settle(budget: ForgettingBudget, model: Any, run: Any) -> Budget | None:
     share, points = maths.largest_inside(point, budget.settings.tries, lambda end: control.guess(end, spreads[0]))
     c, standing = budget.settings, budget.standing
     needed = None
-    if not points[0].inside and (first := spreads[0]) is not None:
+    if (first := spreads[0]) is not None and points[0].upper is not None and points[0].upper > c.lose_at_most:
         needed = maths.items_to_show(*first, c.lose_at_most, c.confidence)
     outcome = Budget(
         task=budget.task,
