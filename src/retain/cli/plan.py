@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from retain.estimate import Estimate
     from retain.results import ProbeInfo
 
-#: Share of answers that change without being worse, for which the sure loss is shown; a short fine-tune changes as many.
+#: Share of answers that change in a usual fine-tuning without being worse; the sure loss is shown for it, too.
 FLIPS = 0.05
 BUDGET = "Largest loss on old abilities: 1%, 1pt or 0.01 is one point. Exit with 1 when nothing fits it."
 KEEP = "What the budget is on: a suite, probe file or task, as in probes.reference; all that is there by default."
