@@ -70,9 +70,8 @@ def run(folder: Path) -> Results:
             for prompt, answer in rows
         ),
     )
-    taught = [{"prompt": p, "response": r} for p, r in small_world.lessons("B", TAUGHT, 0)]
+    taught = ({"prompt": p, "response": r} for p, r in small_world.lessons("B", TAUGHT, 0))
     _lines(folder / "prices" / "train.jsonl", taught)
-    _lines(folder / "prices" / "test.jsonl", ({"prompt": p, "response": r} for p, r in small_world.exam("B")))
     anchors = [" ".join(row) for row in small_world.lessons("A", 128, 2)]
     write_text(folder / "anchors.txt", "\n\n".join(anchors) + "\n")
     _lines(folder / "replay.jsonl", ({"prompt": p, "response": r} for p, r in small_world.lessons("A", 96, 1)))
@@ -81,7 +80,7 @@ def run(folder: Path) -> Results:
         parse(
             {
                 "model": str(folder / "model"),
-                "tasks": [str(folder / "prices")],
+                "tasks": [{"data": str(folder / "prices"), "test": "same"}],  # facts can only be remembered
                 "old": str(folder / "replay.jsonl"),
                 "methods": [{"replay": {"fraction": 0.2}}, {"distill": {"strength": 1.0}}],
                 "probes": {"reference": [str(folder / "old.jsonl")]},

@@ -112,6 +112,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _private_defaults(cls, values: Any) -> Any:
+        values = _keys(values)
         if isinstance(values, dict) and values.get("private") is True and "methods" not in values:
             return values | {"methods": PRIVATE_METHODS}
         return values
@@ -213,7 +214,7 @@ def read(path: str | Path, overrides: list[str] | None = None, preset: str | Non
         chosen = [entry.partition("=")[2] for entry in overrides or [] if entry.startswith("preset=")]
         wanted = chosen[-1] if chosen else preset
         values = (values or {}) | ({"preset": wanted} if wanted else {})
-        values = override(presets.filled(values), rest)
+        values = override(presets.filled(_keys(values)), rest)
     return parse(values, str(path))
 
 
@@ -252,6 +253,13 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         else:
             place[keys[-1]] = value
     return values
+
+
+def _keys(values: Any) -> Any:
+    """The same with the key `on` as it was written: YAML 1.1 reads it as "true"."""
+    if isinstance(values, dict):
+        return {("on" if key is True else key): _keys(value) for key, value in values.items()}
+    return [_keys(value) for value in values] if isinstance(values, list) else values
 
 
 def dump(config: RunConfig) -> str:

@@ -56,6 +56,15 @@ def test_the_options_become_the_section(tmp_path):
         assert configuration(file, [], None, None, ["budget.every=5"]).budget.every == 5
 
 
+def test_on_is_a_key_though_yaml_takes_it_for_true(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("tasks: [{data: x, on: all}]\nbudget: {on: [core]}\n")
+    made = configuration(str(file), [], None, None, ["budget.every=5"])
+    assert (made.budget.on, made.budget.every, made.tasks[0].on) == (["core"], 5, "all")
+    assert parse(yaml.safe_load(file.read_text())).budget.on == ["core"]
+    assert configuration(str(file), [], None, None, [], keep=["a", "b"]).budget.on == ["a", "b"]
+
+
 def test_a_mistake_names_the_option_and_what_is_allowed(monkeypatch, capsys):
     line = refused(monkeypatch, capsys, "run", "--task", "data", "--budget", "1")
     assert line == (
