@@ -1,7 +1,7 @@
 """Writes the tables and pictures of docs/budget.md: items that are needed, and a run with a budget.
 
 python docs/make_budget.py            the table of items alone: a second
-python docs/make_budget.py --run      also the run and its pictures: a model of 0.1 M weights, a few minutes on a CPU
+python docs/make_budget.py --run DIR  also the run and its pictures: a model of 0.1 M weights, a few minutes on a CPU
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -61,28 +60,22 @@ def run(folder: Path) -> Results:
 
     small_world.pretrained(0, ROOT / "bench" / "out").save_pretrained(folder / "model")
     small_world.tokenizer().save_pretrained(folder / "model")
-    abilities = {"facts": small_world.facts("A"), "letters": small_world.words()[:LETTERS]}
-    _lines(
-        folder / "old.jsonl",
-        (
-            {"probe": name, "kind": "answer", "prompt": prompt, "answers": [answer], "max_tokens": 6}
-            for name, rows in abilities.items()
-            for prompt, answer in rows
-        ),
+    known = [*small_world.facts("A"), *small_world.words()[:LETTERS]]
+    questions = (
+        {"probe": "what it knew", "kind": "answer", "prompt": p, "answers": [a], "max_tokens": 6} for p, a in known
     )
+    _lines(folder / "old.jsonl", questions)
     taught = ({"prompt": p, "response": r} for p, r in small_world.lessons("B", TAUGHT, 0))
     _lines(folder / "prices" / "train.jsonl", taught)
     anchors = [" ".join(row) for row in small_world.lessons("A", 128, 2)]
     write_text(folder / "anchors.txt", "\n\n".join(anchors) + "\n")
-    _lines(folder / "replay.jsonl", ({"prompt": p, "response": r} for p, r in small_world.lessons("A", 96, 1)))
     train = {"max_steps": STEPS, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "use_cpu": True}
     return carry_out(
         parse(
             {
                 "model": str(folder / "model"),
                 "tasks": [{"data": str(folder / "prices"), "test": "same"}],  # facts can only be remembered
-                "old": str(folder / "replay.jsonl"),
-                "methods": [{"replay": {"fraction": 0.2}}, {"distill": {"strength": 1.0}}],
+                "methods": [{"distill": {"strength": 0.1}}],  # weak on purpose, and no old rows
                 "probes": {"reference": [str(folder / "old.jsonl")]},
                 "budget": {"lose_at_most": BUDGET, "every": 5, "anchors": str(folder / "anchors.txt")},
                 "train": train | {"max_length": 32, "bf16": False, "save_strategy": "no"},
@@ -101,7 +94,7 @@ def said(results: Results) -> str:
     rows = "\n".join(f"| {name} | {value} {interval} |" for name, value, interval, _ in block.numbers)
     return (
         "![How far one may go](budget.svg)\n\n![Held back while training](budget_held.svg)\n\n"
-        f"{block.words} It was made by `python docs/make_budget.py --run`: {one.items} items, seed {results.seed}.\n\n"
+        f"{block.words} Made by `python docs/make_budget.py --run DIR`: {one.items} items, seed {results.seed}.\n\n"
         f"| | |\n|---|---|\n{rows}"
     )
 
@@ -112,16 +105,16 @@ def _lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="also carry out the run, and draw it")
+    parser.add_argument("--run", metavar="FOLDER", help="also carry out the run, in this folder, and draw it")
+    folder = parser.parse_args().run
     text = put(PAGE.read_text(encoding="utf-8"), "items", table())
-    if parser.parse_args().run:
+    if folder is not None:
         from retain.report.budget_figures import draw
         from retain.report.canvas import INK
         from retain.results import load_metrics
 
-        with tempfile.TemporaryDirectory() as folder:
-            results = run(Path(folder))
-            pictures = {picture.name: picture for picture in draw(results, load_metrics(Path(folder) / "run"))}
+        results = run(Path(folder))
+        pictures = {picture.name: picture for picture in draw(results, load_metrics(Path(folder) / "run"))}
         for name, file in (("budget-1", "budget.svg"), ("held-1", "budget_held.svg")):
             write_text(PAGE.with_name(file), pictures[name].svg.replace(INK, "#767676"))
         text = put(text, "run", said(results))

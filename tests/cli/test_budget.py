@@ -88,7 +88,7 @@ def wide(shop, tmp_path, sizes):
         for name, size in zip(("birds", "ships"), sizes)
         for i in range(size)
     ]
-    rows += [{"probe": "prose", "text": f"Seven small ships sailed {i} times over the sea."} for i in range(3)]
+    rows += [{"probe": "tales", "text": f"Seven small ships sailed {i} times over the sea."} for i in range(3)]
     return str(write_lines(tmp_path / "wide.jsonl", rows))
 
 

@@ -184,7 +184,8 @@ def test_the_picture_has_the_budget_and_what_was_kept():
     alone = curve(found(points=nats))
     assert "lost, points" not in texts(alone)
     assert "0.05 nats per token" in alone.alt
-    assert curve(found(points=found().points[:1])) is None
+    assert "budget" in texts(curve(found(points=found().points[-1:])))
+    assert curve(found(points=[])) is None
 
 
 def test_the_thermostat_is_drawn_where_it_looked():

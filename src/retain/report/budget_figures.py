@@ -33,11 +33,11 @@ def draw(results: Results, metrics: Sequence[Mapping[str, Any]]) -> list[Picture
 def curve(budget: Budget, number: int = 1, several: bool = False) -> Picture | None:
     """Loss by the share of the way: means with intervals, upper bounds, the budget, and what was kept.
 
-    Points and nats have a panel each. None with fewer than two points.
+    Points and nats have a panel each. None without points.
     """
     points = sorted(budget.points, key=lambda point: point.share)
     panels = [key for key in ("loss", "nats") if any(getattr(point, key) is not None for point in points)]
-    if len(points) < 2 or not panels:
+    if not panels:
         return None
     with matplotlib.rc_context(STYLE):
         figure, all_axes = new_figure(0.6 + 2.3 * len(panels), len(panels), sharex=True)
