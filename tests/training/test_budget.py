@@ -66,7 +66,7 @@ def test_the_ends_of_a_way_are_there_bit_for_bit(dtype):
     way.go(0.25)
     for name, weight in stored(model).items():
         wanted = before[name].double() + 0.25 * (after[name].double() - before[name].double())
-        assert (weight.double() - wanted).abs().max() < (1e-6 if dtype == torch.float32 else 2e-3)
+        assert (weight.double() - wanted).abs().max() <= (1e-6 if dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -126,6 +126,7 @@ def test_jumps_are_taken_back_to_what_is_allowed(probes, tmp_path):
     )  # fmt: skip
     record = records(tmp_path / "budget.jsonl")[0]
     assert 0 < record["taken_back"] < 1
+    assert record["rose_to"] > record["drift"]
     assert record["drift"] == pytest.approx(0.01, rel=0.2)  # the drift grows with the square of the way
     assert made.budget.standing.taken == 1
 
@@ -141,7 +142,7 @@ def test_the_probes_set_the_limit_right(probes, tmp_path):
 class Remembers(Method):
     """What the weights were when the task ended."""
 
-    name, off, seen = "remembers", {}, None
+    name, seen = "remembers", None
 
     def on_task_end(self, model, run):
         self.seen = stored(model)
@@ -284,7 +285,7 @@ def test_what_cannot_be_done_is_refused_before_training(probes, tmp_path):
         trainer([], tmp_path, budget=True)
     with pytest.raises(ConfigError, match=r"interpolate.strength: 'auto' has no effect.*distill.*l2sp"):
         Interpolate(strength="auto")
-    with pytest.raises(ConfigError, match=r"budget\.evry"):
+    with pytest.raises(ConfigError, match=r"unknown 'evry'\. Did you mean 'every'"):
         ForgettingBudget(evry=3)
     from retain.methods.slao import SLAO
 
