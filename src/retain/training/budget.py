@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,36 +34,13 @@ from retain.results import Budget, append, load_items, load_records, save_items
 from retain.training import hosts, raising, settling
 from retain.training.control import Control, Rows
 from retain.training.looks import Baseline, Looker, anchor_texts, undisturbed
+from retain.training.standing import Standing, asked_at
 from retain.training.watch import forget
 
 logger = logging.getLogger(__name__)
 Source = str | Path | Probe
 BESIDE = "budget/"  # before the names of the last look's weights in a checkpoint
 BEFORE = "before.parquet"
-_PRIOR_NATS = 1.0  # nats of perplexity per nat of drift: the same on texts that the base wrote
-
-
-@dataclass
-class Standing:
-    """What a budget remembers from look to look; the part of its log that a resumed training needs.
-
-    Args:
-        step: of the last look.
-        drift: seen then, in nats per token.
-        limit: which it is held to.
-        dual: state of the factor.
-        seen: of every look at the probes (drift, loss or None, loss in nats or None).
-        room: what the mean loss may be so that its bound is inside, of scores and in nats; None before any look.
-        taken: jumps that were taken back in part.
-    """
-
-    step: int = 0
-    drift: float = 0.0
-    limit: float = 0.0
-    dual: dict[str, Any] = field(default_factory=dict)
-    seen: list[tuple[float, float | None, float | None]] = field(default_factory=list)
-    room: tuple[float | None, float | None] = (None, None)
-    taken: int = 0
 
 
 class ForgettingBudget(TrainerCallback):
@@ -203,8 +180,8 @@ class ForgettingBudget(TrainerCallback):
         if back is not None:
             self._move_back(inner, back)
         if main:
-            drift = self._drift(inner, args.device) if back is not None else drift
-            self._look(inner, args, state, drift, back, begin)
+            stays = drift if back is None else self._drift(inner, args.device)
+            self._look(inner, args, state, (drift, stays), back, begin)
         self.standing = hosts.from_main(self.standing)
         for name in self._driven:
             self._put(name, step, self.standing.dual["factor"])
@@ -253,15 +230,15 @@ class ForgettingBudget(TrainerCallback):
             self.standing = Standing(**records[-1]["standing"])
             return
         self.standing = Standing(dual=self.dual.begin())
-        self.standing.limit = self._limit(self.standing)
+        self.standing.limit = self.standing.allowed(c)
         if self.follow:  # an earlier task may have used some of it
             self.standing.drift = self._drift(model, device)
 
     def _ask_before(self, model: Any, device: torch.device, step: int) -> None:
-        path, both = self.folder / BEFORE, [*self.control.kept, *self.control.learned]
+        path, both = self.folder / BEFORE, {p.name: p for p in [*self.control.kept, *self.control.learned]}
         known = load_items(path) if path.is_file() and (step or self.follow) else []
         names = {row["probe"] for row in known}
-        missing = [probe for probe in both if probe.name not in names]
+        missing = [probe for name, probe in both.items() if name not in names]
         known += self.control.ask(model, self.tokenizer, device, missing)
         save_items(known, path)
         self.control.know(known)
@@ -271,35 +248,28 @@ class ForgettingBudget(TrainerCallback):
             now = self.looker.proxies(model, self.base)
         return float((now.kl * self.looker.lengths).sum() / self.looker.lengths.sum())
 
-    def _look(self, model: Any, args: Any, state: Any, drift: float, back: float | None, begin: float) -> None:
+    def _look(
+        self, model: Any, args: Any, state: Any, drifts: tuple[float, float], back: float | None, begin: float
+    ) -> None:
+        """Take a look into account; `drifts` are what was found, and what is left after a jump was taken back."""
         c, new, step = self.settings, self.standing, state.global_step
+        found, drift = drifts
         record: dict[str, Any] = {"kind": "budget", "task": self.task, "step": step, "drift": drift}
-        if step in _asked_at(c.calibrate, c.every, state.max_steps):
+        if step in asked_at(c.calibrate, c.every, state.max_steps):
             rows = self.control.ask(model, self.tokenizer, args.device, self.control.kept)
             point, _ = self.control.point(1.0, rows)
             loss = None if point.loss is None else point.loss.value
             new.seen = [*new.seen, (drift, loss, point.nats)]
             new.room = self.control.room(point)
-            new.limit = self._limit(new)
+            new.limit = new.allowed(c)
             record |= {"loss": loss, "upper": point.upper, "nats": point.nats, "upper_nats": point.upper_nats}
         if self._driven:
-            new.dual = self.dual.update(new.dual, drift, new.limit)
+            new.dual = self.dual.update(new.dual, found, new.limit)  # a jump shows how weak the hold is
         new.step, new.drift, new.taken = step, drift, new.taken + (back is not None)
         record |= {"limit": new.limit, "factor": new.dual["factor"], "taken_back": None if back is None else 1 - back}
+        record |= {} if back is None else {"rose_to": found}
         record |= {"standing": asdict(new), "seconds": round(time.monotonic() - begin, 3)}
         append(self.log, record)
-
-    def _limit(self, standing: Standing) -> float:
-        """The drift that is allowed, from what the probes lost so far: the smaller one, of scores and of nats."""
-        c = self.settings
-        if c.drift is not None:
-            return c.drift
-        found = []
-        for place, (limit, prior) in enumerate(((c.lose_at_most, maths.PRIOR), (c.lose_at_most_nats, _PRIOR_NATS))):
-            pairs = [(one[0], lost) for one in standing.seen if (lost := one[1 + place]) is not None]
-            if pairs or not standing.seen:
-                found.append(maths.drift_limit(standing.room[place] or limit, pairs, prior))
-        return min(found)
 
     def _move_back(self, model: Any, share: float) -> None:
         """Leave only a share of the way since the last look."""
@@ -318,12 +288,6 @@ class ForgettingBudget(TrainerCallback):
     def driven(self) -> list[str]:
         """The methods whose strength or share follows the drift."""
         return list(self._driven)
-
-
-def _asked_at(times: int, every: int, steps: int) -> set[int]:
-    """Steps of the looks at which the probes are asked: spread evenly over a training, without its end."""
-    looks = range(every, steps, every)
-    return {looks[round(len(looks) * i / (times + 1)) - 1] for i in range(1, times + 1) if len(looks) * i >= times + 1}
 
 
 def _loaded(sources: Sequence[Source] | Source) -> list[Probe]:

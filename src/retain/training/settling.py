@@ -87,7 +87,7 @@ def settle(budget: ForgettingBudget, model: Any, run: Any) -> Budget | None:
     outcome = outcome.model_copy(update={"advice": advice(outcome, budget.driven, c)})
     way.go(hosts.from_main(share))
     write_text(place(budget.folder, budget.task), outcome.model_dump_json(indent=1) + "\n")
-    budget.say(f"{budget.task or 'budget'}: {in_words(outcome)}")
+    budget.say(f"{budget.task}: {in_words(outcome)}" if budget.task else in_words(outcome))
     return outcome
 
 
