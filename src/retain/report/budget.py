@@ -132,7 +132,7 @@ def _why_not(budget: Budget, point: BudgetPoint) -> str:
 
 
 def _price(budget: Budget, info: ProbeInfo | None = None) -> str:
-    if budget.learned is None or budget.learned_without is None:
+    if budget.learned is None or budget.learned_without is None or budget.share == 1:
         return say("budget.learned_means")
     price = budget.learned_without - budget.learned
     key = "budget.price" if price > 5e-4 else "budget.no_price"
