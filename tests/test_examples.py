@@ -13,7 +13,7 @@ from retain.results import load_metrics
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.yaml"))
 #: The longest of them run for real; every method is in one of these.
-WHOLE = ("everything", "ewc_replay", "interpolate", "l2sp", "watched")
+WHOLE = ("budget", "everything", "ewc_replay", "interpolate", "l2sp", "watched")
 
 
 def test_there_is_something_to_try():
@@ -39,7 +39,10 @@ def test_runs(name, tiny_cache, tmp_path, monkeypatch):
     values |= {"old": str(old), "output": str(tmp_path / "run")}
     values["probes"] = {"limit": 2, "task_limit": 2}
     values["train"] |= {"max_steps": 2, "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    if "budget" in values:  # so few items can be sure of nothing less
+        values["budget"] = {"lose_at_most": 0.9, "lose_at_most_nats": 9.0, "every": 1, "anchor_count": 4, "tries": 2}
     results = run(parse(values), say=lambda line: None)
+    assert [found.feasible for found in results.budgets] == [True] * ("budget" in values)
     assert results.tasks == [Path(task).name for task in values["tasks"]]
     assert (tmp_path / "run" / "report.html").is_file()
     steps = [record["step"] for record in load_metrics(tmp_path / "run") if record["kind"] == "monitor"]

@@ -87,7 +87,7 @@ class RunConfig(Settings):
     monitor: MonitorConfig | None = None
     """Looks while training, and what they lead to; `true` for the usual ones, none when not given."""
     budget: BudgetConfig | None = None
-    """How much may be forgotten; a number is `lose_at_most`, none when not given."""
+    """How much may be forgotten; a number, or `1%`, is `lose_at_most`; none when not given."""
     train: dict[str, Any] = {}
     """Any field of TRL's SFTConfig (a TrainingArguments): learning_rate, max_steps, bf16, …"""
     private: bool = False
@@ -112,6 +112,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _private_defaults(cls, values: Any) -> Any:
+        values = _keys(values)
         if isinstance(values, dict) and values.get("private") is True and "methods" not in values:
             return values | {"methods": PRIVATE_METHODS}
         return values
@@ -131,7 +132,7 @@ class RunConfig(Settings):
     def _budget_number(cls, value: Any) -> Any:
         if isinstance(value, bool):
             return {} if value else None
-        return {"lose_at_most": value} if isinstance(value, int | float) else value
+        return {"lose_at_most": value} if isinstance(value, int | float | str) else value
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -213,7 +214,7 @@ def read(path: str | Path, overrides: list[str] | None = None, preset: str | Non
         chosen = [entry.partition("=")[2] for entry in overrides or [] if entry.startswith("preset=")]
         wanted = chosen[-1] if chosen else preset
         values = (values or {}) | ({"preset": wanted} if wanted else {})
-        values = override(presets.filled(values), rest)
+        values = override(presets.filled(_keys(values)), rest)
     return parse(values, str(path))
 
 
@@ -237,7 +238,8 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
                     f"-o {assignment}: no entry '{key}' there; entries are numbered 0 to {len(place) - 1}."
                 ) from None
             if not isinstance(following, dict | list):
-                following = {("name" if keys[i] == "model" else "data"): following}
+                short = {"model": "name", "budget": "lose_at_most"}.get(keys[i], "data")
+                following = {} if following is None or isinstance(following, bool) else {short: following}
                 place[int(key) if isinstance(place, list) else key] = following
             place = following
         try:
@@ -251,6 +253,13 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         else:
             place[keys[-1]] = value
     return values
+
+
+def _keys(values: Any) -> Any:
+    """The same with the key `on` as it was written: YAML 1.1 reads it as "true"."""
+    if isinstance(values, dict):
+        return {("on" if key is True else key): _keys(value) for key, value in values.items()}
+    return [_keys(value) for value in values] if isinstance(values, list) else values
 
 
 def dump(config: RunConfig) -> str:

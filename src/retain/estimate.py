@@ -26,20 +26,16 @@ from retain.methods.lora import LoRA
 from retain.models import machine, params
 from retain.models.weightless import Cost, Weightless
 from retain.probes.base import Probe
-from retain.training.monitor import ForgettingMonitor
+from retain.timing import READ, Asked, asked, asking, learning
 from retain.training.rehearsal import Batch, Rehearsal
 from retain.workload import (
     WRITTEN_BATCH,
     Lengths,
-    Questions,
     TaskWork,
     calls_to_write,
     measured,
-    questions,
     rows_to_write,
-    said_by_base,
     task_work,
-    watching,
     written_lengths,
 )
 
@@ -53,8 +49,6 @@ EFFICIENCY = 0.9
 KNOWN = {"none", "lora", "freeze", "replay", "distill", "ewc", "l2sp", "interpolate"}
 #: Resident size of a run of a model with hardly any weights: Python, its libraries and their buffers (same source).
 LIBRARIES = 720 * 2**20
-#: Rows and tokens of a pass by which reading is timed; about what a CPU reads at once (`retain.models.rows`).
-READ = (8, 128)
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,9 @@ class _Estimator:
             self._memory(rehearsal, passes),
             machine.free_bytes(self.device),
             self.device,
-            self._time(passes, work, self._looks(work, probes, infos)) if passes else {},
+            self._time(passes, work, asked(self.config, work, probes, infos, self.tokenizer, self.notes))
+            if passes
+            else {},
             self.notes,
             [],
         )
@@ -188,37 +184,6 @@ class _Estimator:
             if replay is not None and replay.buffer and "tasks" in replay.asked:
                 earlier.append(Lengths.joined([new, *earlier]))
         return found
-
-    def _looks(
-        self, work: Sequence[TaskWork], probes: Sequence[Probe], infos: Sequence[ProbeInfo]
-    ) -> dict[str, list[tuple[int, Questions]]]:
-        """What is asked: name → how often, and each time what."""
-        stages = len(work) + 1
-        again = stages if self.config.private else 1  # a private run keeps nothing of what the base said
-        found = {
-            **self._asked(stages, probes, infos),
-            "what the base says (divergence)": [(again, said_by_base(probes, self.tokenizer))],
-        }
-        if self.config.monitor is not None:
-            monitor = ForgettingMonitor(**self.config.monitor.model_dump())
-            own = [[p for p, info in zip(probes, infos) if info.task == one.name] for one in work]
-            found["looks of the monitor"] = watching(monitor, work, own, self.tokenizer)
-            if monitor.old or any(own):
-                self.notes.append("monitor: probes are asked more often where loss or divergence on the anchors rises")
-        return found
-
-    def _asked(
-        self, stages: int, probes: Sequence[Probe], infos: Sequence[ProbeInfo]
-    ) -> dict[str, list[tuple[int, Questions]]]:
-        """The probes at the base and after every task, or those of the tasks alone between these two."""
-        if self.config.probes.between == "all" or stages < 3:
-            return {f"asking the probes {stages} times": [(stages, questions(probes, self.tokenizer))]}
-        learned = [p for p, info in zip(probes, infos) if info.role == "task"]
-        some = questions(learned, self.tokenizer)
-        return {
-            "asking all probes twice": [(2, questions(probes, self.tokenizer))],
-            f"asking those of the tasks {stages - 2} times between": [(stages - 2, some)],
-        }
 
     def _taught(self, work: TaskWork) -> TaskWork:
         """The same with the rows that a teacher reads."""
@@ -315,23 +280,13 @@ class _Estimator:
             found["Python and libraries"] = LIBRARIES
         return {name: size for name, size in found.items() if size}
 
-    def _time(
-        self, passes: dict[str, Cost], work: Sequence[TaskWork], looks: dict[str, list[tuple[int, Questions]]]
-    ) -> dict[str, float]:
+    def _time(self, passes: dict[str, Cost], work: Sequence[TaskWork], asked: Asked) -> dict[str, float]:
         """Seconds by part."""
         speed = machine.measure(self.device, self.half)
         takes = {name: speed.seconds(cost) / EFFICIENCY for name, cost in passes.items()}
-        found: dict[str, float] = {}
         rows, longest = rows_to_write(self.methods, self.old is not None, work[0].rows)
-        if rows:
-            found[f"writing {rows} old rows"] = calls_to_write(rows, longest) * takes["write"]
-        for one in work:
-            # between the two batches that were rehearsed, time grows with the tokens
-            small, large = (batch.rows * batch.width for batch in (self.usual, self.largest))
-            tokens = one.usual.rows * one.usual.width
-            slope = (takes["largest"] - takes["usual"]) / (large - small) if large > small else 0.0
-            micro = max(takes["usual"] + slope * (tokens - small), takes["usual"] * tokens / small)
-            found[f"learning {one.name}"] = one.steps * (one.batches * micro + takes["update"])
+        found = {f"writing {rows} old rows": calls_to_write(rows, longest) * takes["write"]} if rows else {}
+        found |= learning(work, takes, self.usual, self.largest)
         if "importance" in passes:
             ewc = self.methods["ewc"]
             counts = [ewc.samples if self.old is None else min(ewc.samples, len(self.old))]
@@ -340,12 +295,7 @@ class _Estimator:
                 counts += [min(ewc.samples, one.rows) for one in work if one.rows]
             if counts:
                 found["importance of weights"] = sum(-(-n // ewc.batch_size) for n in counts) * takes["importance"]
-        for name, parts in looks.items():
-            read = sum(times * one.read for times, one in parts) / (READ[0] * READ[1])
-            calls = sum(times * number for times, one in parts for _, number in one.calls)
-            if seconds := read * takes["read"] + calls * takes["write"]:
-                found[name] = seconds
-        return found
+        return found | asking(asked, takes)
 
     def _advice(self) -> list[str]:
         """What makes it smaller, in the order in which it costs least of what is learned."""

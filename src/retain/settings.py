@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 STARTER = "starter"
 
@@ -241,3 +242,24 @@ class BudgetConfig(Settings):
     """A rise of the drift between two looks above this share of the limit is taken back in part (trust region)."""
     tries: int = Field(6, ge=1)
     """Most points between start and end that are asked about after training."""
+
+    @field_validator("lose_at_most", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        return share(value)
+
+
+def share(value: Any) -> float:
+    """A loss as it is typed, as a share of the score: 0.01, "1%", "1pt" and "1 point" are one hundredth.
+
+    Raises:
+        ValueError: anything else, or a share that is not between 0 and 1.
+    """
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*(%|pts?|points?)?\s*", str(value), re.IGNORECASE)
+    if isinstance(value, bool) or not found:
+        raise ValueError("no loss. Give a share of the score such as 0.01, or points: 1%, 1pt")
+    number = float(found[1]) / (100 if found[2] else 1)
+    if not 0 < number < 1:
+        meant = f"; {found[1]} points are {found[1]}%" if not found[2] and 1 <= number < 100 else ""
+        raise ValueError(f"a loss lies between 0 and 1 of the score: 0.01 is one point, as are 1% and 1pt{meant}")
+    return number

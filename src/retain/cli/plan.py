@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
     from retain.config import RunConfig
     from retain.data.tasks import Task
     from retain.estimate import Estimate
+    from retain.results import ProbeInfo
+
+#: Share of answers that change in a usual fine-tuning without being worse; the sure loss is shown for it, too.
+FLIPS = 0.05
+BUDGET = "Largest loss on old abilities: 1%, 1pt or 0.01 is one point. Exit with 1 when nothing fits it."
+KEEP = "What the budget is on: a suite, probe file or task, as in probes.reference; all that is there by default."
 
 
 def command(
@@ -20,6 +28,8 @@ def command(
     model: Annotated[str | None, typer.Option("--model", "-m", help="starter, a folder, or a hub id.")] = None,
     output: Annotated[str | None, typer.Option("--output", help="Run directory.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="A recipe by name; see `retain methods`.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help=BUDGET)] = None,
+    keep: Annotated[list[str], typer.Option("--keep", help=KEEP)] = [],  # noqa: B006
     set_: Annotated[list[str], typer.Option("--set", "-o", help="Override a setting.")] = [],  # noqa: B006
 ) -> None:
     """Check a configuration, its data and its run directory; estimate memory and time; show all settings.
@@ -29,7 +39,7 @@ def command(
     from retain.cli.common import console, quiet_libraries
     from retain.config import dump
 
-    settings = configuration(config, task, model, output, set_, preset)
+    settings = configuration(config, task, model, output, set_, preset, budget, keep)
     quiet_libraries()
     from retain.estimate import estimate
     from retain.inputs import load_probes, read_rows
@@ -59,8 +69,10 @@ def command(
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     out.print()
     out.print(_tasks(found, tasks))
-    for note in [*notes, *found.notes]:
+    said = [note for note in notes if not note.startswith("budget: ")]  # that is shown below
+    for note in [*said, *found.notes]:
         out.print(f"  {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    _show_budget(out, settings, probes, infos)
     out.print()
     out.print(_needs(found))
     if not found.fits:
@@ -73,6 +85,37 @@ def command(
             out.print(f"  {number}. {step}", markup=False, highlight=False)
     out.print("\n[dim]All settings:[/dim]")
     print(dump(settings))
+
+
+def _show_budget(out: Any, settings: RunConfig, probes: Sequence[Any], infos: Sequence[ProbeInfo]) -> None:
+    """What a budget asks of the probes, and what they can be sure of."""
+    from retain.functional.budget import items_needed
+    from retain.functional.certify import certifiable
+    from retain.inputs import budget_probes
+    from retain.items import is_divergence
+
+    if (budget := settings.budget) is None:
+        return
+    kept = [probe.info("reference") for probe in budget_probes(settings, probes, infos)]
+    sizes = [info.items for info in kept if not info.is_perplexity and not is_divergence(info)]
+    texts = sum(info.items for info in kept if info.is_perplexity)
+    limits = (
+        [f"at most {100 * budget.lose_at_most:g} points lost, on {sum(sizes)} items of {len(sizes)} probes"]
+        if sizes
+        else []
+    )
+    limits += [f"at most {budget.lose_at_most_nats:g} nats per token, on {texts} texts"] if texts else []
+    lines = [f"{'; '.join(limits)} ({budget.confidence:.0%} confidence)"]
+    changes = {0.0: "no answer changes", FLIPS: f"{FLIPS:.0%} of them change, as many for the better"}
+    for flips, word in changes.items() if sizes else ():
+        sure = 100 * certifiable(sizes, budget.confidence, flips)
+        needed = items_needed(budget.lose_at_most, budget.confidence, flips, sizes)
+        enough = "enough" if needed <= sum(sizes) else f"{needed:,} items needed"
+        lines.append(f"if {word}: a loss above {sure:.2g} points is ruled out; {enough}")
+    out.print()
+    for head, line in zip(("budget", *[""] * len(lines)), lines):
+        out.print(f"[bold]{head:<10}[/bold]", end="")
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _tasks(found: Estimate, tasks: list[Task]) -> Table:
@@ -142,6 +185,8 @@ def configuration(
     output: str | None,
     overrides: list[str],
     preset: str | None = None,
+    budget: str | None = None,
+    keep: Sequence[str] = (),
 ) -> RunConfig:
     """The configuration of a file, or of options alone, with overrides.
 
@@ -151,9 +196,16 @@ def configuration(
     from retain.config import override, parse, read
     from retain.errors import ConfigError
     from retain.presets import filled
+    from retain.settings import share
 
     extra = [f"output={output}"] if output else []
     extra += [f"model.name={model}"] if model else []
+    if budget is not None:
+        try:
+            extra.append(f"budget.lose_at_most={share(budget)}")
+        except ValueError as error:
+            raise ConfigError(f"--budget {budget}: {error}.") from None
+    extra += [f"budget.on={json.dumps(list(keep))}"] if keep else []
     if config is not None:
         if tasks:
             raise ConfigError("--task: tasks stand in the YAML file. Give one or the other.")

@@ -42,6 +42,7 @@ class KeyLayers(Method):
     paper = "none"
     edits_gradients = True
     repeats_batches = True
+    boosts = True
 
     class Config(Strength):
         strength: float = Field(1.0, ge=0)
@@ -169,11 +170,12 @@ class KeyLayers(Method):
             with params.evaluating(model):
                 batches = self._batches(run, mine, max(1, len(mine)))
                 found, loss, divide = passes.gradients(model, key, batches, answer_loss, run.reduce)
+        strength = self.boost * self.config.strength
         with torch.no_grad():
             for parameter, slope in zip(key, found):
                 if parameter.grad is not None:
-                    parameter.grad.add_(slope, alpha=self.config.strength / max(divide, 1))
-        run.log(f"loss/{self.name}", self.config.strength * loss / max(divide, 1))
+                    parameter.grad.add_(slope, alpha=strength / max(divide, 1))
+        run.log(f"loss/{self.name}", strength * loss / max(divide, 1))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"layers": torch.tensor(self._layers)} if self._layers else {}

@@ -39,6 +39,7 @@ class OLoRA(Method):
     paper = "arXiv:2310.14152"
     adds_parameters = True
     edits_gradients = True
+    boosts = True
     conflicts = {"slao": "slao begins a task in the directions of the one before, which olora keeps it out of"}
 
     class Config(Strength):
@@ -82,11 +83,11 @@ class OLoRA(Method):
         c = self.config
         if run.logging_now:
             value = sum(float(overlap(pair.A, others, c.form)) for pair, others in self._pairs)
-            run.log(f"loss/{self.name}", c.strength * self._weight * value)
+            run.log(f"loss/{self.name}", self.boost * c.strength * self._weight * value)
         for pair, others in self._pairs:
             if pair.A.grad is not None:
                 slope = overlap_gradient(pair.A, others, c.form)
-                pair.A.grad.add_(slope.to(pair.A.grad.dtype), alpha=c.strength * self._weight)
+                pair.A.grad.add_(slope.to(pair.A.grad.dtype), alpha=self.boost * c.strength * self._weight)
 
     def on_task_end(self, model: torch.nn.Module, run: Run) -> None:
         factors = {name: pair.A.detach() for name, pair in params.lora_pairs(model).items()}

@@ -144,5 +144,7 @@ def _limits(results: Results) -> list[str]:
         lines.append(say("card.limit_open", names=markdown.cell(wording.listed(unsure))))
     if progress := wording.progress(results):
         lines.append(markdown.cell(progress[0].upper() + progress[1:]) + say("sentence.end"))
+    if results.budgets:
+        lines.append(say("card.limit_budget"))
     lines.append(say("card.limit_license"))
     return [f"## {say('card.limits')}", "\n".join(f"- {line}" for line in lines)]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from retain.report import language, wording
+from retain.report import budget_figures, language, wording
 from retain.report.canvas import BEFORE, INK, RUNS, STYLE, Picture, new_figure, render, short
 from retain.report.curves import forgetting, training
 from retain.report.language import say
@@ -39,7 +39,7 @@ def draw(
         trend(metrics),
         training(metrics, [(label, records) for label, _, records in others], results.name),
     ]
-    return [picture for picture in pictures if picture is not None]
+    return [*(picture for picture in pictures if picture is not None), *budget_figures.draw(results, metrics)]
 
 
 def matrix(results: Results) -> Picture | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retain.errors import RunError
-from retain.report import wording
+from retain.report import budget, wording
 from retain.report.language import say
 from retain.results import Estimate, Results
 
@@ -23,15 +23,20 @@ class Gate:
 
     outcome: Outcome
     line: str
+    missed: str = ""  # a line about the run's own budget, where that was not met
 
     @property
     def said(self) -> str:
-        """The line as it is shown: a warning where nothing is shown."""
-        return say("gate.warning", line=self.line) if self.outcome == "not enough items to tell" else self.line
+        """The line as it is shown: a warning where nothing is shown. Another one for a budget that was not met."""
+        line = say("gate.warning", line=self.line) if self.outcome == "not enough items to tell" else self.line
+        return f"{line}\n{self.missed}" if self.missed else line
 
     def fails(self, strict: bool = False) -> bool:
-        """Whether a build should stop: when the limit was passed, and where nothing is shown, if it is strict."""
-        return self.outcome == "lost" or (strict and self.outcome != "kept")
+        """Whether a build should stop: when the limit was passed, and where nothing is shown, if it is strict.
+
+        A run whose own budget was not met stops it in any case: it lost nothing because it learned nothing.
+        """
+        return self.outcome == "lost" or bool(self.missed) or (strict and self.outcome != "kept")
 
 
 def decide(low: float, high: float, limit: float) -> Outcome:
@@ -89,4 +94,5 @@ def check(results: Results, limit: float) -> Gate:
         if names
     )
     word = say(f"gate.{outcome}")
-    return Gate(outcome, say("gate.line", outcome=word, value=value, why=say(why, **said), level=level, large=large))
+    line = say("gate.line", outcome=word, value=value, why=say(why, **said), level=level, large=large)
+    return Gate(outcome, line, budget.missed(results))

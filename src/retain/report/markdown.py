@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from retain.report import changed, judged, language, top, totals, wording
+from retain.report import budget, changed, judged, language, top, totals, wording
 from retain.report import flips as flip
 from retain.report.language import say
 from retain.results import Change, ProbeInfo, Results, StepSummary, write_text
@@ -74,6 +74,7 @@ def render(results: Results, flips: flip.Flips, compare: Sequence[tuple[str, Res
         parts.append(f"## {say('side.title')}")
         head = [say("side.run"), *(n.label.lower() for n in wording.three(results)), say("side.verdict")]
         parts.append(table(head, compare_rows([(results.name, results), *compare])))
+    parts += _budget(results)
     parts += _probes(results)
     parts += _totals(results, compare)
     parts += _tasks(results)
@@ -95,7 +96,26 @@ def top_lines(results: Results) -> list[str]:
         names = [f"- {cell(fallen.words)}{say('list.semicolon')}{fallen.doubt}" for fallen in large]
         alarm = say("facts.alarm", percent=wording.percent(f"{100 * results.thresholds.alarm:g}"))
         parts.append(f"**{alarm}**\n\n" + "\n".join(names))
+    if said := budget.sentences(results):
+        head = say("budget.met" if all(one.met for one in said) else "budget.not_met")
+        parts.append(f"**{head}**\n\n" + "\n".join(f"- {cell(one.words, 2000)}" for one in said))
     return [*parts, cell(top.sentence(results), 2000)]
+
+
+def _budget(results: Results) -> list[str]:
+    parts = []
+    for block in budget.blocks(results):
+        parts += [f"### {cell(block.task)}"] if len(results.budgets) > 1 else []
+        parts += [
+            cell(block.words, 2000),
+            table(_head("numbers.number", "numbers.value", "md.interval", "numbers.meaning"), block.numbers),
+        ]
+        parts += [table([_small(head) for head in block.heads], block.points)] if block.points else []
+        if block.advice:
+            parts.append(
+                f"{say('budget.helps')}{say('list.colon')}\n\n" + "\n".join(f"- {cell(a, 2000)}" for a in block.advice)
+            )
+    return [f"## {say('budget.title')}", *parts, say("budget.limits")] if parts else []
 
 
 def _probes(results: Results) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, Template
 
 from retain.errors import RunError
-from retain.report import changed, figures, judged, language, markdown, top, totals, wording
+from retain.report import budget, changed, figures, judged, language, markdown, top, totals, wording
 from retain.report import flips as flip
 from retain.report.canvas import INK, Picture
 from retain.report.language import say
@@ -92,6 +92,8 @@ def render(
         fallen=top.fallen(results),
         alarm=wording.percent(f"{100 * results.thresholds.alarm:g}"),
         left=top.left(results),
+        budgets=budget.blocks(results),
+        budget_said=budget.sentences(results),
         percent=wording.confidence(results),
         sections=[_section(results, role) for role in ROLES if wording.changes_of(results, role)],
         once=_once(results),

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from retain.report import language, top, wording
+from retain.report import budget, language, top, wording
 from retain.report.language import say
 from retain.report.wording import CONCLUSION_TONE, Tone
 from retain.results import Results
@@ -35,6 +35,10 @@ def summary(results: Results) -> RenderableType:
         numbers.add_row(Text(big.label, style="bold"), value, Text(big.interval), Text(big.note, style="dim"))
     if results.changes:
         parts.append(numbers)
+    for said in budget.sentences(results):
+        word, style = ("budget.met", "good") if said.met else ("budget.not_met", "bad")
+        line = Text.assemble((say(word), f"bold {STYLES[style]}"), "  ", said.words)
+        parts.append(line)
     parts.append(_probes(results))
     return Group(*parts)
 

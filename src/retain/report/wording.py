@@ -264,6 +264,8 @@ def headline(results: Results) -> tuple[str, Tone]:
     words, tone = _verdict(results)
     for key, names in zip(("headline.large", "headline.large_chance"), large_losses(results)):
         words = say(key, rest=words, names=listed(names, 3)) if names else words
+    if any(not budget.feasible for budget in results.budgets):
+        return say("headline.no_budget", rest=words), "bad"
     return words, tone
 
 

@@ -1,0 +1,53 @@
+"""What a budget knows from look to look while a model trains, and the drift that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from retain.config import BudgetConfig
+from retain.functional import budget as maths
+
+_PRIOR_NATS = 1.0  # nats of perplexity per nat of drift: the same on texts that the base wrote
+
+
+@dataclass
+class Standing:
+    """What a budget remembers from look to look; the part of its log that a resumed training needs.
+
+    Args:
+        step: of the last look.
+        drift: seen then, in nats per token.
+        limit: which it is held to.
+        dual: state of the factor.
+        seen: of every look at the probes (drift, loss or None, loss in nats or None).
+        room: what the mean loss may be so that its bound is inside, of scores and in nats; None before any look.
+        taken: jumps that were taken back in part.
+    """
+
+    step: int = 0
+    drift: float = 0.0
+    limit: float = 0.0
+    dual: dict[str, Any] = field(default_factory=dict)
+    seen: list[tuple[float, float | None, float | None]] = field(default_factory=list)
+    room: tuple[float | None, float | None] = (None, None)
+    taken: int = 0
+
+    def allowed(self, settings: BudgetConfig) -> float:
+        """The drift that the budget allows, from what the probes lost so far: the smaller of scores' and nats'."""
+        c = settings
+        if c.drift is not None:
+            return c.drift
+        found = []
+        for place, (limit, prior) in enumerate(((c.lose_at_most, maths.PRIOR), (c.lose_at_most_nats, _PRIOR_NATS))):
+            pairs = [(one[0], lost) for one in self.seen if (lost := one[1 + place]) is not None]
+            if pairs or not self.seen:
+                found.append(maths.drift_limit(self.room[place] or limit, pairs, prior))
+        return min(found)
+
+
+def asked_at(times: int, every: int, steps: int) -> set[int]:
+    """Steps of the looks at which the probes are asked: spread evenly over a training, without its end."""
+    looks = range(every, steps, every)
+    return {looks[math.ceil(len(looks) * i / (times + 1)) - 1] for i in range(1, times + 1)} if looks else set()
