@@ -52,7 +52,7 @@ ONLY = {
     "analysis": {"against", "verdicts", "items", "functional", "results", "errors"},
     "drift": {"items", "functional", "results", "errors"},
     "report": {"results", "analysis", "functional", "errors", "rundir"},
-    "inputs": {"errors", "config", "results", "data", "models", "probes"},
+    "inputs": {"errors", "functional", "config", "results", "items", "data", "models", "probes"},
     "totals": {"items", "functional", "results", "errors"},
     "outcome": {"errors", "config", "results", "items", "analysis", "drift", "rundir", "totals"},
     "workload": {"errors", "functional", "data", "models", "probes", "training"},
