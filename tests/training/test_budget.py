@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from training_kit import Killed, StopAt, merged, same_bits, stored, train, trainer
 
-from retain import EWC, Distill, ForgettingBudget, Interpolate, KeyLayers, LoRA, OLoRA, Replay
+from retain import EWC, Distill, ForgettingBudget, Interpolate, KeyLayers, LoRA, OLoRA, Replay, methods
 from retain.config import BudgetConfig, parse
 from retain.errors import ConfigError
-from retain.methods.base import Method
+from retain.methods.base import WITH_AUTO, Method
+from retain.methods.context import Run
 from retain.models import params
 from retain.pipeline import plan
 from retain.training.control import Control
@@ -262,17 +263,30 @@ def test_auto_without_a_budget_follows_the_usual_one_and_takes_no_last_step(tmp_
     assert len(records(tmp_path / "budget.jsonl")) == 2
 
 
-@pytest.mark.parametrize("method", [OLoRA, KeyLayers])
-def test_these_are_boosted_too(method, tmp_path):
-    assert method(strength="auto").boosts
+def test_auto_is_for_every_method_whose_strength_can_be_followed():
+    made = [methods.load(name)() for name in methods.names()]
+    assert [m.name for m in made if m.boosts and "strength" in type(m).Config.model_fields] == WITH_AUTO
+    assert all(methods.load(name)(strength="auto").auto for name in WITH_AUTO)
 
 
-def test_a_boost_of_key_layers_is_a_strength(tmp_path):
+def test_a_boost_of_key_layers_and_of_olora_is_a_strength(tmp_path):
     boosted = KeyLayers(strength=0.5)
     boosted.boost = 4.0
     one = train([boosted], tmp_path / "boost", steps=2)
     two = train([KeyLayers(strength=2.0)], tmp_path / "strength", steps=2)
     assert same_bits(stored(one.model), stored(two.model))
+    ends = []
+    for place, method, boost in (
+        ("first", OLoRA(), 1.0),
+        ("b", OLoRA(strength=0.5), 4.0),
+        ("s", OLoRA(strength=2), 1.0),
+    ):
+        method.boost, task = boost, 1 if place == "first" else 2
+        run = Run(tmp_path / place, task_index=task, shared=tmp_path / "run", say=lambda line: None)
+        made = train([LoRA(r=2), method], tmp_path / place, steps=2, run=run)
+        ends.append(stored(made.model))
+    assert same_bits(ends[1], ends[2])
+    assert not same_bits(ends[0], ends[1])
 
 
 # -- refused ------------------------------------------------------------------------------------------------
@@ -309,8 +323,8 @@ def more_probes(shop, count=60):
 def test_a_run_keeps_a_budget_for_every_task(shop, tmp_path):
     more = more_probes(shop)
     wanted = SHORT | {"lose_at_most": 0.05 + 0.01, "on": [more]}
-    methods = [{"distill": {"rows": "all", "strength": "auto"}}, {"lora": {"r": 2}}]
-    results, said = carry_out(shop, tmp_path / "run", methods=methods, budget=wanted)
+    team = [{"distill": {"rows": "all", "strength": "auto"}}, {"lora": {"r": 2}}]
+    results, said = carry_out(shop, tmp_path / "run", methods=team, budget=wanted)
     assert [b.task for b in results.budgets] == ["count", "which"]
     assert all(b.probes == ["more"] and b.items == 60 and b.confidence == 0.95 for b in results.budgets)
     assert {i.name: i.role for i in results.probes}["more"] == "reference"
@@ -325,7 +339,7 @@ def test_a_run_keeps_a_budget_for_every_task(shop, tmp_path):
         chosen = next((p for p in held.points if p.share == held.share), None)
         if chosen is not None:
             assert chosen.loss.value == pytest.approx(lost, abs=1e-9)
-    again, _ = carry_out(shop, tmp_path / "run", methods=methods, budget=wanted)
+    again, _ = carry_out(shop, tmp_path / "run", methods=team, budget=wanted)
     assert again.budgets == results.budgets
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 AUTO = "auto"  # for a strength: let a budget find it
+#: The methods that take it: with a strength, and a `boost` that has an effect.
+WITH_AUTO = ["der", "distill", "ewc", "features", "key_layers", "l2sp", "label_smoothing", "mas", "mtt", "olora", "si"]
 
 
 class MethodConfig(BaseModel):
@@ -94,7 +96,8 @@ class Method:
             options = {key: value for key, value in options.items() if key != "strength"}
         self.config: Any = validated(self.Config, options, f"methods.{self.name}")
         if self.auto and not (self.boosts and "strength" in self.Config.model_fields):
-            raise ConfigError(f"methods.{self.name}.strength: 'auto' has no effect here. It has with {_with_auto()}.")
+            fit = ", ".join(WITH_AUTO)
+            raise ConfigError(f"methods.{self.name}.strength: 'auto' has no effect here. It has with {fit}.")
 
     @property
     def active(self) -> bool:
@@ -371,14 +374,6 @@ def validated(schema: type[BaseModel], options: dict[str, Any], where: str) -> A
             raise ConfigError(unknown(".".join([where, *parents]), name, _fields(schema, parents))) from None
         setting = f"{where}.{key}" if key else where  # of several settings together
         raise ConfigError(f"{setting}: {first['msg']} (given: {first['input']!r}).") from None
-
-
-def _with_auto() -> str:
-    """Names of the methods whose strength can be found."""
-    from retain.methods import load, names
-
-    made = [load(name)() for name in names()]
-    return ", ".join(m.name for m in made if m.boosts and "strength" in m.Config.model_fields)
 
 
 def _fields(schema: Any, parents: list[str]) -> list[str]:
