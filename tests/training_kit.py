@@ -130,6 +130,7 @@ def trainer(
     batch: int = 4,
     run: Run | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    budget: Any = None,
     **settings: Any,
 ) -> Any:
     """A trainer over the tiny model: a `Spy`, or a `WritingSpy` for a method that learns from the model's own answers.
@@ -149,6 +150,7 @@ def trainer(
         old=rows(12, 100) if isinstance(old, str) else old,
         run=run or Run(Path(folder), say=lambda line: None),
         callbacks=list(callbacks),
+        budget=budget,
     )
     made.remove_callback(PrinterCallback)
     return made

@@ -14,6 +14,7 @@ _HOMES = {
     "ContinualMixin": "retain.training.trainer",
     "ContinualSDFTTrainer": "retain.training.on_policy",
     "ForgettingMonitor": "retain.training.monitor",
+    "ForgettingBudget": "retain.training.budget",
     "run": "retain.pipeline",
     "load_run": "retain.pipeline",
     "read_config": "retain.config",

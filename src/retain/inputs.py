@@ -17,6 +17,7 @@ from retain.errors import ConfigError, DataError
 from retain.results import ProbeInfo
 
 Say = Callable[[str], None]
+_FLIPS = 0.05  # share of answers that flip in a usual fine-tuning without anything being lost
 
 
 def load_tasks(config: RunConfig, tokenizer: Any, max_length: int | None, say: Say) -> list[Task]:
@@ -128,19 +129,18 @@ def load_probes(
 
     Raises:
         DataError: a probe that cannot be read or has too few items, or two with one name.
-        ConfigError: an option that no probe has.
+        ConfigError: an option that no probe has, or a budget that so few items cannot certify.
     """
     from retain.probes import suite
     from retain.probes.tasks import task_items
 
     settings = config.probes
     probes, infos, questions = [], [], {}
-    for wanted in settings.reference:
-        source, options = (wanted, {}) if isinstance(wanted, str) else (wanted.data, wanted.given())
+    for where, source, options in _references(config):
         loaded = suite.load_probes(source, settings.limit, say=say, **options)
-        require_effect(options, loaded, f"probes.reference: {source}")
+        require_effect(options, loaded, f"{where}: {source}")
         for probe in loaded:
-            require_items(probe, f"probes.reference: {source}", {"probes.limit": settings.limit})
+            require_items(probe, f"{where}: {source}", {"probes.limit": settings.limit})
             probes.append(probe)
             infos.append(probe.info("reference"))
     for entry, task in zip(config.tasks, tasks):
@@ -162,7 +162,60 @@ def load_probes(
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"probes: two probes are called '{name}'. Give the task another `name:`.")
+    if config.budget is not None:
+        _check_budget(config, budget_probes(config, probes, infos), say)
     return probes, infos, questions
+
+
+def _references(config: RunConfig) -> list[tuple[str, str, dict[str, Any]]]:
+    """(setting, source, options) of every source of old abilities: also those that only the budget names."""
+    found = [
+        ("probes.reference", one, {}) if isinstance(one, str) else ("probes.reference", one.data, one.given())
+        for one in config.probes.reference
+    ]
+    listed = {source for _, source, _ in found}
+    wanted = config.budget.on if config.budget is not None and config.budget.on else []
+    return found + [("budget.on", source, {}) for source in dict.fromkeys(wanted) if source not in listed]
+
+
+def budget_probes(config: RunConfig, probes: Sequence[Any], infos: Sequence[ProbeInfo]) -> list[Any]:
+    """Those of a run's probes that its budget is on: all of old abilities, or those of the sources that it names."""
+    from retain.probes import suite
+
+    old = [probe for probe, info in zip(probes, infos) if info.role == "reference"]
+    wanted = set(config.budget.on or []) if config.budget is not None else set()
+    if not wanted or all(source in wanted for _, source, _ in _references(config)):
+        return old
+    names = {
+        probe.name
+        for _, source, options in _references(config)
+        if source in wanted
+        for probe in suite.load_probes(source, config.probes.limit, **options)
+    }
+    return [probe for probe in old if probe.name in names]
+
+
+def _check_budget(config: RunConfig, kept: Sequence[Any], say: Say) -> None:
+    """Find out whether the budget can be certified with the items of the probes that it is on, before any is asked.
+
+    Raises:
+        ConfigError: no such probe, or too few items even if no answer changes; with the number that is needed.
+    """
+    from retain.functional import budget as maths
+    from retain.items import is_divergence
+
+    assert config.budget is not None
+    limit, confidence = config.budget.lose_at_most, config.budget.confidence
+    infos = [probe.info("reference") for probe in kept]
+    if all(is_divergence(info) for info in infos):
+        raise ConfigError("budget.on: no probe whose loss can be bounded. Name a suite or a file with questions.")
+    sizes = [info.items for info in infos if not info.is_perplexity and not is_divergence(info)]
+    maths.require_items(limit, confidence, sizes)
+    if sizes and (more := maths.items_needed(limit, confidence, _FLIPS, sizes)) > sum(sizes):
+        say(
+            f"budget: {sum(sizes)} items can show a loss of at most {limit:.2%} while few answers change; if "
+            f"{_FLIPS:.0%} of them flip by chance, about {more} are needed."
+        )
 
 
 def require_items(probe: Any, where: str, limits: Mapping[str, int | None], more: str = "items") -> None:

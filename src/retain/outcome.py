@@ -9,8 +9,9 @@ from typing import Any
 from retain import analysis
 from retain.config import RunConfig
 from retain.drift import drift
+from retain.errors import RunError
 from retain.items import is_divergence
-from retain.results import ProbeInfo, Results, Sequence, StepSummary, Thresholds, Totals, load_items
+from retain.results import Budget, ProbeInfo, Results, Sequence, StepSummary, Thresholds, Totals, load_items
 from retain.rundir import RunDirectory
 from retain.totals import totals
 
@@ -61,8 +62,19 @@ def outcome(
         notes=notes,
         thresholds=thresholds,
         ahead=ahead,
+        budgets=_budgets(place, names),
         **found,
     )
+
+
+def _budgets(place: RunDirectory, names: list[str]) -> list[Budget]:
+    """What the budget of each task came to, where the run has one."""
+    files = [place.budget / f"{name}.json" for name in names]
+    try:
+        return [Budget.model_validate_json(path.read_text(encoding="utf-8")) for path in files if path.is_file()]
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise RunError(f"{place.budget}: damaged ({first}). Delete the folder of the run, and begin anew.") from None
 
 
 def numbers(

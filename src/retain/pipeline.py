@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from retain import analysis
-from retain.config import RunConfig
+from retain.config import BudgetConfig, RunConfig
 from retain.data.tasks import Task
 from retain.errors import ConfigError, RetainError, RunError, disk_full, unknown
-from retain.inputs import Rows, Say, digests, load_probes, read_rows, space_needed
+from retain.inputs import Rows, Say, budget_probes, digests, load_probes, read_rows, space_needed
 from retain.methods import build
 from retain.methods.base import Stack
 from retain.outcome import outcome
@@ -72,6 +72,7 @@ def _planned(config: RunConfig) -> Plan:
         )
     if config.monitor is not None and config.monitor.raised and config.monitor.raised not in names:
         raise ConfigError(unknown("monitor.raised", config.monitor.raised, names))
+    _check_budget(config, stack)
     on_policy = stack.writer.name if stack.writer is not None else ""
     for name, task in zip(config.task_names, config.tasks):
         if on_policy and (task.on != "completion" or task.streaming):
@@ -84,6 +85,26 @@ def _planned(config: RunConfig) -> Plan:
     train = arguments.complete(config.train, lora=lora, on_policy=on_policy)
     stages = [BASE] + [stage_name(i, name) for i, name in enumerate(config.task_names, 1)]
     return Plan(config, stack, train, stages)
+
+
+def _check_budget(config: RunConfig, stack: Stack) -> None:
+    """Refuse a budget beside something that it cannot go with.
+
+    Raises:
+        ConfigError: a monitor that raises a strength too, or a method whose model cannot be led back.
+    """
+    if config.budget is None and not any(m.auto for m in stack.methods):
+        return
+    if config.monitor is not None and config.monitor.raised:
+        what = "budget" if config.budget is not None else "strength: auto"
+        raise ConfigError(
+            f"{what}: it and `monitor.raised` would both move the strengths. Remove one of them; a monitor may still "
+            "warn, stop or restore."
+        )
+    if config.budget is not None:
+        from retain.training.settling import refuse
+
+        refuse(stack)
 
 
 def check_directory(planned: Plan, rows: Rows, say: Say) -> dict[str, dict[str, str]]:
@@ -151,7 +172,10 @@ class _Runner:
             rows = read_rows(config, self.plan.train, self.say)
         self.tokenizer, self.tasks, self.old, self.notes = rows.tokenizer, rows.tasks, rows.old, rows.notes
         self.plan.stack.check_inputs(self.tokenizer)
-        methods = {m.name: m.config.model_dump(mode="json") for m in self.plan.stack.methods}
+        methods = {
+            m.name: m.config.model_dump(mode="json") | ({"strength": "auto"} if m.auto else {})
+            for m in self.plan.stack.methods
+        }
         self.model: Any = None
         self.probes: list[Any] = []
         self.infos: list[Any] = []
@@ -315,6 +339,7 @@ class _Runner:
             methods=stack.methods,
             old=self.old,
             run=context,
+            budget=self._budget(index, task, stack),
             callbacks=[Record(self.place.metrics, task.name), bar],
         )
         if self.config.monitor is not None:
@@ -344,6 +369,32 @@ class _Runner:
         if self.ranks.is_main_process:
             self.place.save_task(stage, parts(trainer.model), summary.model_dump())
         self.model = (index, settled(trainer.model))
+
+    def _budget(self, index: int, task: Task, stack: Stack) -> Any:
+        """What holds a task to the budget, against the base of the whole run; None where there is nothing to hold.
+
+        Strengths alone follow the usual budget, and nothing is taken back.
+        """
+        wanted = self.config.budget
+        if wanted is None and not any(m.auto for m in stack.methods):
+            return None
+        from retain.training.budget import ForgettingBudget
+
+        main = self.ranks.is_main_process
+        return ForgettingBudget(
+            on=budget_probes(self.config, self.probes, self.infos),
+            tasks=[p for p, info in zip(self.probes, self.infos) if info.task == task.name],
+            before=load_items(self.place.items(BASE)) if main else [],
+            folder=self.place.budget,
+            log=self.place.metrics,
+            task=task.name,
+            follow=index > 1,
+            tokenizer=self.tokenizer,
+            precision=self._precision,
+            settle=wanted is not None,
+            say=self.say,
+            **(wanted or BudgetConfig()).model_dump(exclude={"on"}),
+        )
 
     def _monitor(self, index: int, task: Task) -> Any:
         """What watches the training of a task: against the base of the whole run, in the run's own records."""

@@ -65,6 +65,11 @@ class RunDirectory:
         """What the base said in contexts in which later stages are compared with it."""
         return self.path / "probes" / "base"
 
+    @property
+    def budget(self) -> Path:
+        """What a budget compares with, and what it came to: a file per task."""
+        return self.path / "budget"
+
     def questions(self, name: str) -> Path:
         """A task's test rows as a probe file."""
         return self.path / "probes" / f"{name}.jsonl"

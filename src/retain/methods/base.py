@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from retain.methods.context import Batch, Run, Tokens
 
 
+AUTO = "auto"  # for a strength: let a budget find it
+
+
 class MethodConfig(BaseModel):
     """Settings of a method: frozen, unknown keys rejected, documented by the strings under each field."""
 
@@ -70,7 +73,10 @@ class Method:
     restrains_steps: ClassVar[bool] = False  # its `on_step_end` takes back a part of the step: after those that add one
     finishes_last: ClassVar[bool] = False  # its `finish_model` moves what others leave
     repeats_batches: bool = False  # runs the micro-batches of a step again: `run.step_batches` keeps them
-    boost: float = 1.0  # factor on the strength while it trains, above what the settings say: a monitor may raise it
+    auto: bool = False  # whether a budget finds the strength
+    boost: float = (
+        1.0  # factor on the strength while it trains, above what the settings say: a monitor or a budget sets it
+    )
     on_policy: ClassVar[str] = ""  # why there are no supervised tokens: it learns from answers that the model writes
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}  # the settings that turn it off
 
@@ -83,7 +89,12 @@ class Method:
             cls.name = cls.__module__.rsplit(".", 1)[-1]
 
     def __init__(self, **options: Any) -> None:
+        self.auto = options.get("strength") == AUTO  # the strength follows the drift, from that of the settings on
+        if self.auto:
+            options = {key: value for key, value in options.items() if key != "strength"}
         self.config: Any = validated(self.Config, options, f"methods.{self.name}")
+        if self.auto and not (self.boosts and "strength" in self.Config.model_fields):
+            raise ConfigError(f"methods.{self.name}.strength: 'auto' has no effect here. It has with {_with_auto()}.")
 
     @property
     def active(self) -> bool:
@@ -197,7 +208,8 @@ class Method:
         """Put back what `state_dict` gave."""
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.config.model_dump(exclude_defaults=True).items())
+        given = ({"strength": AUTO} if self.auto else {}) | self.config.model_dump(exclude_defaults=True)
+        shown = ", ".join(f"{k}={v!r}" for k, v in given.items())
         return f"{type(self).__name__}({shown})"
 
 
@@ -359,6 +371,14 @@ def validated(schema: type[BaseModel], options: dict[str, Any], where: str) -> A
             raise ConfigError(unknown(".".join([where, *parents]), name, _fields(schema, parents))) from None
         setting = f"{where}.{key}" if key else where  # of several settings together
         raise ConfigError(f"{setting}: {first['msg']} (given: {first['input']!r}).") from None
+
+
+def _with_auto() -> str:
+    """Names of the methods whose strength can be found."""
+    from retain.methods import load, names
+
+    made = [load(name)() for name in names()]
+    return ", ".join(m.name for m in made if m.boosts and "strength" in m.Config.model_fields)
 
 
 def _fields(schema: Any, parents: list[str]) -> list[str]:

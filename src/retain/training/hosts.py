@@ -47,8 +47,11 @@ def from_main(value: Any) -> Any:
     return broadcast_object_list([value], from_process=0)[0]
 
 
-def refuse_shards() -> None:
+def refuse_shards(who: str = "monitor") -> None:
     """Refuse models of which no process has the whole.
+
+    Args:
+        who: looks at the model.
 
     Raises:
         ConfigError: FSDP, ZeRO-3 or Megatron.
@@ -56,6 +59,6 @@ def refuse_shards() -> None:
     kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else None
     if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM) or is_deepspeed_zero3_enabled():
         raise ConfigError(
-            "monitor: one process looks at the model while others wait, which shards (FSDP, ZeRO-3) do not allow. "
-            "Use DDP, or remove the monitor."
+            f"{who}: one process looks at the model while others wait, which shards (FSDP, ZeRO-3) do not allow. "
+            f"Use DDP, or remove the {who}."
         )

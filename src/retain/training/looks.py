@@ -138,6 +138,7 @@ class Looker:
         tokenizer: of the model.
         most_tokens: of an anchor; the rest is cut off.
         confidence: of intervals.
+        where: the setting that they belong to.
 
     Raises:
         DataError: fewer than two anchors that hold two tokens, a probe with too few items, or two with one name.
@@ -151,13 +152,14 @@ class Looker:
         tokenizer: Any,
         most_tokens: int = 64,
         confidence: float = 0.95,
+        where: str = "monitor",
     ) -> None:
         self.tokenizer, self.confidence = tokenizer, confidence
         rows = [tokens[:most_tokens] for tokens in encode(tokenizer, list(texts))]
         self.rows = [row for row in rows if len(row) > 1]
         if len(self.rows) < 2:
             raise DataError(
-                f"monitor.anchors: {len(self.rows)} of {len(texts)} texts have two tokens or more; an interval needs "
+                f"{where}.anchors: {len(self.rows)} of {len(texts)} texts have two tokens or more; an interval needs "
                 "2 such texts. Give more."
             )
         self.lengths = np.array([len(row) - 1 for row in self.rows])

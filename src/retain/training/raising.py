@@ -31,6 +31,16 @@ def check(trainer: Any, name: str) -> None:
         raise ConfigError(unknown("monitor.raised", name, fit))
 
 
+def driven(trainer: Any) -> list[str]:
+    """What a budget may make stronger or weaker: the methods with `strength: auto`; without any of these, all whose
+    `boost` has an effect, and replay."""
+    methods = trainer.stack.methods
+    if any(m.auto for m in methods):
+        return [m.name for m in methods if m.auto]
+    shares = any(m.name == REPLAY for m in methods) and trainer._sampler is not None
+    return [m.name for m in methods if m.boosts and m.name != REPLAY] + [REPLAY] * shares
+
+
 def put(trainer: Any, name: str, step: int, factor: float) -> None:
     """Set the factor, after `step` optimizer steps: of a method at once, of replay from the first step on whose rows
     were certainly not read yet."""

@@ -28,6 +28,7 @@ from retain.methods.context import Batch, Draws, Run, StepBatch, Tokens
 from retain.models import params
 from retain.models.load import load_model
 from retain.training import checkpoint, guards
+from retain.training.budget import ForgettingBudget
 from retain.training.mixing import Mixing
 from retain.training.rows import realised
 from retain.training.terms import Terms
@@ -45,6 +46,8 @@ class ContinualMixin(Mixing):
         old: rows that stand for old data (a `datasets.Dataset` in chat form); without them, methods that
             need old data let the model write its own.
         run: the context methods see; made from `args` when not given.
+        budget: how much may be forgotten: 0.01 for a point, a `BudgetConfig`, or a `ForgettingBudget`. Without it,
+            methods with `strength="auto"` follow the usual one while training.
 
     Raises:
         ConfigError: methods that clash, lack what they need, or cannot work under these arguments.
@@ -61,6 +64,7 @@ class ContinualMixin(Mixing):
         methods: Sequence[Method] = (),
         old: Any = None,
         run: Run | None = None,
+        budget: Any = None,
         **kwargs: Any,
     ) -> None:
         self.stack = Stack(methods)
@@ -101,6 +105,10 @@ class ContinualMixin(Mixing):
         if run.private:
             self.stack.check_private(run.old is not None)
         self.add_callback(_AfterStep(self))
+        self.budget: ForgettingBudget | None = None
+        if budget is not None or any(m.auto for m in self.stack.methods):
+            given = ForgettingBudget(settle=False) if budget is None else ForgettingBudget.of(budget)
+            self.budget = given.attach(self)
 
     # -- the loop ----------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **kwargs: Any) -> Any:
@@ -121,7 +129,10 @@ class ContinualMixin(Mixing):
             Path(self.args.output_dir), self.model, keep=self.args.should_save, resumed=found is not None
         )
         if found is not None:
-            self.stack.load_state_dict(checkpoint.load_state(found))
+            state = checkpoint.load_state(found)
+            self.stack.load_state_dict(state)
+            if self.budget is not None:
+                self.budget.load_state_dict(state)
         self.run.model = self.model
         self._held = dict(params.trainable(self.model))
         with params.evaluating(self.model), self.accelerator.autocast():
@@ -134,6 +145,8 @@ class ContinualMixin(Mixing):
         if self._mixture is not None:
             self.run.say(f"replay: {realised(self.replayed(), sum(self.rows_seen()))}.")
         self.model = self.stack.finish_model(self.model, self.run)
+        if self.budget is not None:
+            self.budget.settle(self.model, self.run)
         # what is remembered belongs to the weights that remain: the next task starts, and is anchored, there
         with self.accelerator.autocast():
             self.stack.on_task_end(self.model, self.run)
@@ -290,7 +303,8 @@ class ContinualMixin(Mixing):
         self.accelerator.wait_for_everyone()  # every process writes its random state
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            checkpoint.complete(folder, self.stack.state_dict(), self.model)
+            beside = self.budget.state_dict() if self.budget is not None else {}
+            checkpoint.complete(folder, self.stack.state_dict() | beside, self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,331 @@
+"""A forgetting budget: strengths that follow the drift while a model trains, and as much of what was learned afterwards
+as is inside the budget.
+
+Every `every` optimizer steps the main process takes the divergence from the base on fixed texts, and the others wait;
+one factor on the strengths of the methods and on the share of replay follows it (`functional.budget.Dual`). At a few of
+these looks the probes are asked, from which the drift that is allowed is set right (`drift_limit`). After training the
+largest step towards what was learned is taken whose loss is inside the budget (`settling`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from retain.config import BudgetConfig
+from retain.data.sources import load_texts
+from retain.errors import ConfigError, RunError
+from retain.functional import budget as maths
+from retain.methods.base import validated
+from retain.models import params
+from retain.probes.base import Probe
+from retain.probes.suite import load_probes
+from retain.results import Budget, append, load_items, load_records, save_items
+from retain.training import hosts, raising, settling
+from retain.training.control import Control, Rows
+from retain.training.looks import Baseline, Looker, anchor_texts, undisturbed
+from retain.training.watch import forget
+
+logger = logging.getLogger(__name__)
+Source = str | Path | Probe
+BESIDE = "budget/"  # before the names of the last look's weights in a checkpoint
+BEFORE = "before.parquet"
+_PRIOR_NATS = 1.0  # nats of perplexity per nat of drift: the same on texts that the base wrote
+
+
+@dataclass
+class Standing:
+    """What a budget remembers from look to look; the part of its log that a resumed training needs.
+
+    Args:
+        step: of the last look.
+        drift: seen then, in nats per token.
+        limit: which it is held to.
+        dual: state of the factor.
+        seen: of every look at the probes (drift, loss or None, loss in nats or None).
+        room: what the mean loss may be so that its bound is inside, of scores and in nats; None before any look.
+        taken: jumps that were taken back in part.
+    """
+
+    step: int = 0
+    drift: float = 0.0
+    limit: float = 0.0
+    dual: dict[str, Any] = field(default_factory=dict)
+    seen: list[tuple[float, float | None, float | None]] = field(default_factory=list)
+    room: tuple[float | None, float | None] = (None, None)
+    taken: int = 0
+
+
+class ForgettingBudget(TrainerCallback):
+    """Keeps what is lost inside a budget. Give it to a `ContinualTrainer` as `budget`.
+
+    Args:
+        lose_at_most: of the score, in the mean over the probes: 0.01 is one point.
+        on: what must be kept: suites, files, folders, or `Probe` objects; `core` when not given.
+        tasks: probes of what is being learned, in the same forms.
+        before: item rows of the base for all these probes; asked when training begins if not given.
+        anchors: texts on which the drift is taken, or a file of them as in the setting `anchors`.
+        folder: for the baseline and the outcome; `<output_dir>/budget` when not given.
+        log: the JSON Lines file; `<output_dir>/budget.jsonl` when not given.
+        task: name that its records carry.
+        follow: a baseline in `folder` holds for this training too: it is a later task of one run.
+        tokenizer: when the trainer has none.
+        precision: the arithmetic of the probes; the training's when not given.
+        settle: whether the last step, after training, is taken too.
+        say: receives one line per event.
+        settings: fields of `BudgetConfig`.
+
+    After training `outcome` holds what it came to (`results.Budget`).
+
+    Raises:
+        ConfigError: an unknown setting, or one that cannot be used; when training begins, a budget that so few items
+            cannot certify, or a model or a method that cannot be led back.
+        DataError: probes or anchors that cannot be used.
+    """
+
+    folder: Path
+    log: Path
+
+    def __init__(
+        self,
+        lose_at_most: float | None = None,
+        *,
+        on: Sequence[Source] | Source | None = None,
+        tasks: Sequence[Source] = (),
+        before: Rows | None = None,
+        anchors: Sequence[str] | str | None = None,
+        folder: str | Path | None = None,
+        log: str | Path | None = None,
+        task: str = "",
+        follow: bool = False,
+        tokenizer: Any = None,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        settle: bool = True,
+        say: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        given: list[Source] | None = [on] if isinstance(on, str | Path | Probe) else None if on is None else list(on)
+        if given is not None:
+            settings["on"] = [one.name if isinstance(one, Probe) else str(one) for one in given]
+        if lose_at_most is not None:
+            settings["lose_at_most"] = lose_at_most
+        if isinstance(anchors, str):
+            settings["anchors"] = anchors
+        self.settings: BudgetConfig = validated(BudgetConfig, settings, "budget")
+        c = self.settings
+        self.control = Control(
+            _loaded((c.on or ["core"]) if given is None else given), _loaded(tasks), c, before, precision
+        )
+        if anchors is None or isinstance(anchors, str):
+            anchors = list(load_texts(c.anchors)["text"] if c.anchors else anchor_texts(c.anchor_count))
+        self.texts = list(anchors)[: c.anchor_count]
+        self._places = (folder, log)
+        self.task, self.follow, self.tokenizer, self.settles = task, follow, tokenizer, settle
+        self.say = say or logger.warning
+        self.dual = maths.Dual(c.gain, c.least, c.most)
+        self.standing = Standing()
+        self.outcome: Budget | None = None
+        self.trainer: Any = None
+        self._driven: list[str] = []
+        self._last: dict[str, torch.Tensor] = {}  # trained weights at the last look, on the CPU
+
+    @classmethod
+    def of(cls, given: Any, **more: Any) -> ForgettingBudget:
+        """From what a person gives: a number, settings, or a budget."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, BudgetConfig):
+            return cls(**given.model_dump(), **more)
+        if isinstance(given, Mapping):
+            return cls(**given, **more)
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise ConfigError(f"budget: got {given!r}. Give a number such as 0.01 (one point), or its settings.")
+        return cls(float(given), **more)
+
+    def attach(self, trainer: Any) -> ForgettingBudget:
+        """Take part in a trainer with methods.
+
+        Raises:
+            ConfigError: items too few to certify the budget, or a method that cannot be led back.
+        """
+        if self.settles:
+            settling.refuse(trainer.stack)
+            if PartialState().is_main_process:
+                self.control.check()
+        trainer.add_callback(self)
+        self.trainer = trainer
+        return self
+
+    # -- events --------------------------------------------------------------------------------------------
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        folder, log = self._places
+        self.folder = Path(folder or Path(args.output_dir) / "budget")
+        self.log = Path(log or Path(args.output_dir) / "budget.jsonl")
+        hosts.refuse_shards("budget")
+        self._driven = raising.driven(self.trainer)
+        begun: list[tuple[int, float]] = []
+        if PartialState().is_main_process:
+            tokenizer = self.tokenizer or kwargs.get("processing_class")
+            self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+            if self.tokenizer is None:
+                raise ConfigError("budget: the trainer has no tokenizer. Give it `processing_class`, or `tokenizer=`.")
+            self._begin(hosts.unwrapped(model), args.device, state.global_step)
+            begun = [(r["step"], r["factor"]) for r in self._records()]
+        self.standing, begun = hosts.from_main((self.standing, begun))
+        if self._driven:
+            weights = self._last if state.global_step and self.standing.step else self.trainer.run.start
+            self._last = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+        for name in self._driven:
+            for step, factor in begun if name == raising.REPLAY else begun[-1:]:
+                self._put(name, step, factor)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> Any:
+        step, c = state.global_step, self.settings
+        if step == self.standing.step or (step % c.every and step < state.max_steps):
+            return control
+        begin, main, inner = time.monotonic(), PartialState().is_main_process, hosts.unwrapped(model)
+        drift, back = 0.0, None
+        if main:
+            drift = self._drift(inner, args.device)
+            rise, allowed = drift - self.standing.drift, c.jump * self.standing.limit
+            back = math.sqrt(allowed / rise) if self._driven and rise > allowed else None
+        back = hosts.from_main(back)
+        if back is not None:
+            self._move_back(inner, back)
+        if main:
+            drift = self._drift(inner, args.device) if back is not None else drift
+            self._look(inner, args, state, drift, back, begin)
+        self.standing = hosts.from_main(self.standing)
+        for name in self._driven:
+            self._put(name, step, self.standing.dual["factor"])
+        if self._driven:
+            self._last = {name: p.detach().to("cpu", copy=True) for name, p in params.trainable(inner).items()}
+        now = {"budget/drift": self.standing.drift, "budget/limit": self.standing.limit}
+        hosts.log(self.trainer, now | ({"budget/factor": self.standing.dual["factor"]} if self._driven else {}))
+        return control
+
+    def settle(self, model: Any, run: Any) -> None:
+        """Take the model back to the largest share of its way that is inside the budget; on every process."""
+        if self.settles:
+            self.outcome = settling.settle(self, model, run)
+
+    # -- resume --------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights at the last look, which belong to a checkpoint."""
+        return {BESIDE + name: tensor for name, tensor in self._last.items()} if self.standing.step else {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave; other names are passed over."""
+        self._last = {name[len(BESIDE) :]: tensor for name, tensor in state.items() if name.startswith(BESIDE)}
+
+    # -- looks ---------------------------------------------------------------------------------------------
+    def _begin(self, model: Any, device: torch.device, step: int) -> None:
+        """The base as the anchors and probes saw it, and the standing: new, or as the log has it at this step."""
+        c = self.settings
+        forget(self.log, lambda r: r.get("kind") == "budget" and r.get("task") == self.task and r["step"] > step)
+        if step == 0:
+            forget(self.log, lambda r: r.get("kind") == "budget" and r.get("task") == self.task)
+        self.looker = Looker(self.texts, [], [], self.tokenizer, c.anchor_tokens, c.confidence, where="budget")
+        kept = Baseline.load(self.folder) if step or self.follow else None
+        if kept is None and step:
+            raise RunError(f"{self.folder}: no baseline of the budget to go on with. Begin the training anew.")
+        if kept is not None and kept.digest != self.looker.digest:
+            raise ConfigError(f"budget: the baseline in {self.folder} is of other anchors. Give another `folder`.")
+        if kept is None:
+            with undisturbed(model, device):
+                kept = self.looker.baseline(model, step)
+            kept.save(self.folder)
+        self.base = kept
+        if self.control.before is None:
+            self._ask_before(model, device, step)
+        records = self._records()
+        if records:
+            self.standing = Standing(**records[-1]["standing"])
+            return
+        self.standing = Standing(dual=self.dual.begin())
+        self.standing.limit = self._limit(self.standing)
+        if self.follow:  # an earlier task may have used some of it
+            self.standing.drift = self._drift(model, device)
+
+    def _ask_before(self, model: Any, device: torch.device, step: int) -> None:
+        path, both = self.folder / BEFORE, [*self.control.kept, *self.control.learned]
+        known = load_items(path) if path.is_file() and (step or self.follow) else []
+        names = {row["probe"] for row in known}
+        missing = [probe for probe in both if probe.name not in names]
+        known += self.control.ask(model, self.tokenizer, device, missing)
+        save_items(known, path)
+        self.control.know(known)
+
+    def _drift(self, model: Any, device: torch.device) -> float:
+        with undisturbed(model, device):
+            now = self.looker.proxies(model, self.base)
+        return float((now.kl * self.looker.lengths).sum() / self.looker.lengths.sum())
+
+    def _look(self, model: Any, args: Any, state: Any, drift: float, back: float | None, begin: float) -> None:
+        c, new, step = self.settings, self.standing, state.global_step
+        record: dict[str, Any] = {"kind": "budget", "task": self.task, "step": step, "drift": drift}
+        if step in _asked_at(c.calibrate, c.every, state.max_steps):
+            rows = self.control.ask(model, self.tokenizer, args.device, self.control.kept)
+            point, _ = self.control.point(1.0, rows)
+            loss = None if point.loss is None else point.loss.value
+            new.seen = [*new.seen, (drift, loss, point.nats)]
+            new.room = self.control.room(point)
+            new.limit = self._limit(new)
+            record |= {"loss": loss, "upper": point.upper, "nats": point.nats, "upper_nats": point.upper_nats}
+        if self._driven:
+            new.dual = self.dual.update(new.dual, drift, new.limit)
+        new.step, new.drift, new.taken = step, drift, new.taken + (back is not None)
+        record |= {"limit": new.limit, "factor": new.dual["factor"], "taken_back": None if back is None else 1 - back}
+        record |= {"standing": asdict(new), "seconds": round(time.monotonic() - begin, 3)}
+        append(self.log, record)
+
+    def _limit(self, standing: Standing) -> float:
+        """The drift that is allowed, from what the probes lost so far: the smaller one, of scores and of nats."""
+        c = self.settings
+        if c.drift is not None:
+            return c.drift
+        found = []
+        for place, (limit, prior) in enumerate(((c.lose_at_most, maths.PRIOR), (c.lose_at_most_nats, _PRIOR_NATS))):
+            pairs = [(one[0], lost) for one in standing.seen if (lost := one[1 + place]) is not None]
+            if pairs or not standing.seen:
+                found.append(maths.drift_limit(standing.room[place] or limit, pairs, prior))
+        return min(found)
+
+    def _move_back(self, model: Any, share: float) -> None:
+        """Leave only a share of the way since the last look."""
+        with torch.no_grad():
+            for name, parameter in params.trainable(model).items():
+                last = self._last[name].to(parameter.device, torch.float32)
+                parameter.copy_(last + share * (parameter.float() - last))
+
+    def _put(self, name: str, step: int, factor: float) -> None:
+        raising.put(self.trainer, name, step, max(1.0, factor) if name == raising.REPLAY else factor)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [r for r in load_records(self.log) if r.get("kind") == "budget" and r.get("task") == self.task]
+
+    @property
+    def driven(self) -> list[str]:
+        """The methods whose strength or share follows the drift."""
+        return list(self._driven)
+
+
+def _asked_at(times: int, every: int, steps: int) -> set[int]:
+    """Steps of the looks at which the probes are asked: spread evenly over a training, without its end."""
+    looks = range(every, steps, every)
+    return {looks[round(len(looks) * i / (times + 1)) - 1] for i in range(1, times + 1) if len(looks) * i >= times + 1}
+
+
+def _loaded(sources: Sequence[Source] | Source) -> list[Probe]:
+    listed = [sources] if isinstance(sources, str | Path | Probe) else sources
+    return [probe for one in listed for probe in ([one] if isinstance(one, Probe) else load_probes(one))]
