@@ -31,7 +31,7 @@ CONFIDENCE = 0.95
 _TEXT = """# Is the budget kept?
 
 Written by `python bench/budget.py --data DATA --seeds {seeds}`.
-SmolLM2-135M-Instruct learns {families} of `reasoning_gym` with LoRA, 24 steps of 8 rows, at a learning rate of 1e-3,
+SmolLM2-135M-Instruct learns {families} of `reasoning_gym` with LoRA, 24 steps of 4 rows, at a learning rate of 1e-3,
 at which it forgets a lot. What must be kept are {items} questions: capitals, continents, sums. Others of the same kinds
 ({held} of them, the *held* half) are asked before and after, and are never shown to the budget.
 

@@ -24,11 +24,11 @@ from retain.rundir import BASE, RunDirectory
 #: Families whose rows are short and which plain training learns (bench/learnable.py).
 FAMILIES = ("calendar_arithmetic", "count_bits", "gcd", "letter_counting", "number_sequence", "syllogism")
 TASK, HALVES = "reasoning", ("control", "held")
-BUDGETS = (0.03, 0.06, 0.1, 0.2)
+BUDGETS = (0.03, 0.06, 0.1, 0.15)
 FACTORS = (0.0, 0.125, 0.5, 2.0, 8.0)  # of the fixed settings, on the strength that a budget begins with
 SHARE, STRENGTH = 0.2, 1.0  # of replayed rows; of distillation
 _TRAIN: dict[str, Any] = {
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
     "max_steps": 24,
     "learning_rate": 1e-3,
     "max_length": 128,
