@@ -19,7 +19,7 @@ from retain.methods.context import Run
 STEPS, BATCH, ROWS, OLD = 100, 16, 512, 96
 RATE = 1e-3  # with and without an adapter
 
-Setting = dict[str, Any]  # recipe, rate (× the usual one), share (of the steps), knob (as text)
+Setting = dict[str, Any]  # recipe, rate (× the usual one), share (of the steps), knob (as text); settings of a budget
 
 
 class WatchedRun(Run):
@@ -80,6 +80,7 @@ def train(setting: Setting, seed: int, base: Path) -> dict[str, Any]:
                 methods=made,
                 old=old,
                 run=run,
+                budget=_budget(setting, family, seed),
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -87,6 +88,26 @@ def train(setting: Setting, seed: int, base: Path) -> dict[str, Any]:
             model, asked = settled(trainer.model), asked or run.asked
             found.append({f: small_world.answers(model, f) for f in small_world.FAMILIES})
     return {"answers": found, "asked": asked, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _budget(setting: Setting, family: str, seed: int) -> Any:
+    """What `strength: auto` follows, where a setting has a budget: all that this task could overwrite is asked about,
+    and lessons of it are the anchors. No last step is taken."""
+    if "budget" not in setting:
+        return None
+    from retain.probes.suite import probes_from_rows
+    from retain.training.budget import ForgettingBudget
+
+    before = small_world.FAMILIES[: small_world.FAMILIES.index(family)]
+    exams = [[{"prompt": q, "answers": [a], "max_tokens": 4} for q, a in small_world.exam(f)] for f in before]
+    probes = [probe for f, rows in zip(before, exams) for probe in probes_from_rows(rows, f, score="exact")]
+    coder = small_world.tokenizer()
+    lessons = [row for f in before for row in small_world.lessons(f, 64, 20_000 + seed)]
+    texts = [
+        coder.apply_chat_template([{"role": "user", "content": q}, {"role": "assistant", "content": a}], tokenize=False)
+        for q, a in lessons
+    ]
+    return ForgettingBudget(on=probes, anchors=texts, settle=False, say=lambda line: None, **setting["budget"])
 
 
 class Store:
