@@ -31,6 +31,7 @@ LAYERS = [
     {"training"},
     {"report"},
     {"inputs", "outcome", "workload"},
+    {"planning"},
     {"pipeline"},
     {"timing"},
     {"estimate"},
