@@ -54,7 +54,7 @@ def curve(budget: Budget, number: int = 1, several: bool = False) -> Picture | N
     if panels == ["nats"]:
         limit = f"{budget.lose_at_most_nats:g} {say('unit.nats_token')}"
     alt = say("budget.picture_alt", limit=limit, chosen=where if budget.feasible else say("budget.chosen_none"))
-    return render(figure, f"budget-{number}", _title("picture", budget, several), alt)
+    return render(figure, f"budget-{number}", _title("budget.picture", "budget.picture_of", budget, several), alt)
 
 
 def held(budget: Budget, looks: Sequence[Mapping[str, Any]], number: int = 1, several: bool = False) -> Picture | None:
@@ -83,11 +83,11 @@ def held(budget: Budget, looks: Sequence[Mapping[str, Any]], number: int = 1, se
         for axes in (above, below):
             axes.grid(color=(0.5, 0.5, 0.5, 0.25), linewidth=0.6)
     alt = say("budget.held_alt", n=len(steps), factor=f"{factors[-1]:.3g}")
-    return render(figure, f"held-{number}", _title("held", budget, several), alt)
+    return render(figure, f"held-{number}", _title("budget.held", "budget.held_of", budget, several), alt)
 
 
-def _title(key: str, budget: Budget, several: bool) -> str:
-    return say(f"budget.{key}_of", task=short(budget.task)) if several else say(f"budget.{key}")
+def _title(alone: str, one_of_several: str, budget: Budget, several: bool) -> str:
+    return say(one_of_several, task=short(budget.task)) if several else say(alone)
 
 
 def _lost(axes: Axes, budget: Budget, points: Sequence[BudgetPoint]) -> None:
