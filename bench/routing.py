@@ -32,7 +32,7 @@ from retain.experts.routing.gate import Gate
 from retain.experts.routing.keyword import Keyword
 from retain.experts.routing.opening import DEPTH
 from retain.experts.routing.prototype import Prototype
-from retain.experts.routing.states import StateReader
+from retain.models.states import StateReader
 from retain.functional.statistics import mean_interval
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from retain.experts.routing.keyword import Keyword
 from retain.experts.routing.likelihood import Likelihood, pool_scorer
 from retain.experts.routing.linear import fit_linear
 from retain.experts.routing.prototype import Prototype
-from retain.experts.routing.states import TOKENS, StateReader
+from retain.models.states import TOKENS, StateReader
 from retain.models.likelihood import text_log_likelihood
 
 OTHERS = list(EVERYDAY[::4])
