@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import yaml
 from retain.config import RunConfig, parse
 from retain.errors import ConfigError
 from retain.results import Results
-from retain.rundir import BASE, RunDirectory
+from retain.rundir import RunDirectory, share_baseline
 
 EXAMPLE = "--methods 'naive=[lora]' --methods 'replay=[lora, replay: {fraction: 0.3}]'"
 
@@ -72,18 +71,3 @@ def run_sets(sets: Mapping[str, RunConfig], say: Callable[[str], None] = print) 
             share_baseline(RunDirectory(first), config)
         results[name] = run(config, say)
     return results
-
-
-def share_baseline(source: RunDirectory, config: RunConfig) -> None:
-    """Begin a run with the base's answers of another one: same model, same items, so they need not be asked twice."""
-    place = RunDirectory(config.directory)
-    place.begin(config)
-    answers, path = source.items(BASE).read_bytes(), place.items(BASE)
-    if path.is_file() and path.read_bytes() == answers:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(answers)
-    if source.base_outputs.is_dir():
-        shutil.copytree(source.base_outputs, place.base_outputs, dirs_exist_ok=True)
-    os.replace(partial, path)

@@ -221,6 +221,21 @@ class RunDirectory:
         return place
 
 
+def share_baseline(source: RunDirectory, config: RunConfig) -> None:
+    """Begin a run with the base's answers of another one: same model, same items, so they need not be asked twice."""
+    place = RunDirectory(config.directory)
+    place.begin(config)
+    answers, path = source.items(BASE).read_bytes(), place.items(BASE)
+    if path.is_file() and path.read_bytes() == answers:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(answers)
+    if source.base_outputs.is_dir():
+        shutil.copytree(source.base_outputs, place.base_outputs, dirs_exist_ok=True)
+    os.replace(partial, path)
+
+
 def stage_name(index: int, task: str) -> str:
     """`02-arithmetic` for the second task."""
     return f"{index:02d}-{''.join(c if c.isalnum() or c in '-_.' else '_' for c in task)}"

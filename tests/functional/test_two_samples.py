@@ -12,7 +12,7 @@ from scipy import stats
 from retain.errors import DataError
 from retain.functional.two_samples import FEWEST, mmd, told_apart
 
-REPEATS = 120
+REPEATS = 80
 
 
 def draw(seed: int, m: int = 30, n: int = 40, width: int = 12, shift: float = 0.0):

@@ -20,6 +20,8 @@ BUILT_IN = "core"
 
 #: Tokens of a row that are read at most: the end of what stands before the answer, and the answer's beginning.
 BEFORE, ANSWER = 96, 64
+#: Padded tokens per pass on a GPU; on a CPU fewer.
+BATCH_TOKENS = 4096
 
 Progress = Callable[[int], None]
 
@@ -141,8 +143,9 @@ class Reader:
         Raises:
             DataError: a row whose answer has no tokens.
         """
-        from retain.models.generation import render
-        from retain.models.likelihood import choice_log_likelihoods, text_log_likelihood
+        from retain.models.generation import encode_prompts
+        from retain.models.likelihood import text_log_likelihood
+        from retain.models.rows import looking, plain_row, score_rows
 
         rows = self.short(rows)
         chats = [i for i, turns in enumerate(rows.turns) if turns]
@@ -152,14 +155,14 @@ class Reader:
             raise DataError(f"{rows.name}: row {empty + 1} of the sample has an empty answer. Leave it out.")
         found = np.zeros((len(rows), 2))
         if chats:
-            scores = choice_log_likelihoods(
-                self.model,
-                self.tokenizer,
-                [render(self.tokenizer, rows.turns[i]) for i in chats],
-                [[rows.answers[i]] for i in chats],
-                progress=progress,
-            )
-            found[chats] = [(-one.log_likelihoods[0], one.tokens[0]) for one in scores]
+            before = encode_prompts(self.tokenizer, [rows.turns[i] for i in chats])
+            own = self.tokenizer([rows.answers[i] for i in chats], add_special_tokens=False)["input_ids"]
+            parts = [plain_row(a, b, i) for i, (a, b) in enumerate(zip(before, own))]
+            for i, part in enumerate(parts):
+                part.items = [i]
+            with looking(self.model):
+                sums = score_rows(self.model, self.tokenizer, parts, len(chats), BATCH_TOKENS, progress)
+            found[chats] = [(-total, len(ids)) for total, ids in zip(sums, own)]
         if texts:
             plain = text_log_likelihood(
                 self.model, self.tokenizer, [rows.answers[i] for i in texts], window=512, progress=progress
