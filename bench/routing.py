@@ -32,8 +32,8 @@ from retain.experts.routing.gate import Gate
 from retain.experts.routing.keyword import Keyword
 from retain.experts.routing.opening import DEPTH
 from retain.experts.routing.prototype import Prototype
-from retain.models.states import StateReader
 from retain.functional.statistics import mean_interval
+from retain.models.states import StateReader
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "routing.json"

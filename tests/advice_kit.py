@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from run_kit import NUMBERS
 
 PLACES = ["France", "Italy", "the sea", "the north", "Rome", "Paris"]
@@ -28,3 +29,10 @@ def travelling(count: int, offset: int = 0) -> list[dict[str, str]]:
         }
         for i in range(count)
     ]
+
+
+def invented(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of made-up words, no two alike."""
+    letters = np.random.default_rng(seed).choice(list("abcdefghij"), (count, 10, 5))
+    words = [["".join(word) for word in row] for row in letters]
+    return [{"prompt": " ".join(row[:6]), "response": " ".join(row[6:])} for row in words]

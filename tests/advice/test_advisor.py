@@ -29,9 +29,9 @@ def asked(desk, tiny_folder, tmp_path_factory) -> Request:
 
 
 @pytest.fixture(scope="module")
-def advice(asked):
-    """What comes of it, with nothing measured."""
-    return advise(replace(asked, similarity=0.6, trial=False), say=lambda line: None)
+def advice(asked, desk):
+    """What comes of it with old rows and nothing measured: no recipe has rows to write first."""
+    return advise(replace(asked, old=str(desk / "old.jsonl"), similarity=0.6, trial=False), say=lambda line: None)
 
 
 def test_a_configuration_is_written_that_a_run_takes(advice, tmp_path):
@@ -58,7 +58,7 @@ def test_rows_are_counted_and_their_length_is_kept(advice):
     assert advice.scenario.parameters < 1e6
 
 
-def test_what_can_be_measured_is(asked, desk, fresh_precision):
+def test_what_can_be_measured_is(asked, desk, thin_suites):
     found = advise(replace(asked, old=str(desk / "old.jsonl")), say=lambda line: None)
     assert found.similarity.general_rows == 24
     assert found.scenario.similarity == found.similarity.value
@@ -68,14 +68,14 @@ def test_what_can_be_measured_is(asked, desk, fresh_precision):
     assert found.ranking[0] == "ewc and replay"
 
 
-def test_private_rows_stay_private(asked, desk):
+def test_private_rows_stay_private(asked, desk, thin_suites):
     found = advise(replace(asked, private=True, old=str(desk / "old.jsonl"), similarity=0.6, trial=False), print)
     assert found.values["private"] is True
     assert "old" not in found.values
     assert plan(found.config()).config.private
 
 
-def test_weights_that_are_too_large_are_not_read(asked, monkeypatch):
+def test_weights_that_are_too_large_are_not_read(asked, thin_suites, monkeypatch):
     monkeypatch.setattr("retain.advice.advisor.MEASURABLE", {"cpu": 10})
     monkeypatch.setattr("retain.models.load.load_model", lambda *a, **k: pytest.fail("read"))
     found = advise(asked, say=lambda line: None)
@@ -152,11 +152,10 @@ def test_the_advised_configuration_runs(advice, thin_suites):
     values = advice.with_recipe("frozen layers").values
     values["train"] |= {"max_steps": 2, "save_strategy": "no"}
     values["probes"] = {"limit": 2, "task_limit": 2}
-    values["methods"] = [{n: {**s, "max_tokens": 8} if n == "replay" else s for n, s in m.items()} for m in values["methods"]]
     assert run(parse(values), lambda line: None).finished
 
 
-def test_several_tasks_are_read_together(asked, desk, tmp_path):
+def test_several_tasks_are_read_together(asked, tmp_path, thin_suites):
     more = write_lines(tmp_path / "more.jsonl", counting(20, 77))
     found = advise(replace(asked, data=[*asked.data, str(more)], similarity=0.6, later=2, trial=False), print)
     assert found.scenario.tasks == 4

@@ -51,7 +51,7 @@ def test_rows_of_one_kind_are_called_new_at_most_as_often_as_allowed(apart, monk
     monkeypatch.setattr(incoming, "mmd", lambda x, y, seed: two_samples.mmd(x, y, 99, seed))
     monkeypatch.setattr(incoming, "told_apart", lambda x, y, seed: two_samples.told_apart(x, y, 99, seed))
     found = [compare(drawn("a", 30), [drawn("b", 40)], Vectors(seed), seed=seed) for seed in range(REPEATS)]
-    low, high = stats.binom.interval(0.999, REPEATS, 0.05)
+    _, high = stats.binom.interval(0.999, REPEATS, 0.05)
     assert sum(one.sources[0].p <= 0.05 for one in found) <= high
     assert sum(one.kind == "new kind" for one in found) <= high
 

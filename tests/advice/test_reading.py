@@ -79,7 +79,7 @@ def test_nearness_against_a_double_loop():
 
 def test_a_direction_that_does_not_vary_does_not_count():
     general = np.random.default_rng(0).normal(size=(10, 3)) * [1, 1, 0]
-    assert nearness(general + [0, 0, 5], general) == 1
+    assert nearness(general + np.array([0, 0, 5]), general) == 1
 
 
 def test_similarity_is_higher_for_rows_of_the_same_kind(reader, desk):

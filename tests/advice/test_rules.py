@@ -34,7 +34,7 @@ SCENARIOS = {
     ),
     "private": (
         Scenario(135e6, private=True, memory=8),
-        {"recipe": "private", "der.buffer": 0, "der.source": "self", "distill.strength": 0.5, "replay": None, "ewc": None},
+        {"recipe": "private", "der.buffer": 0, "der.source": "self", "distill.strength": 0.5, "replay": None},
     ),
     "private, more tasks to come": (
         Scenario(135e6, private=True, memory=8, tasks=3), {"recipe": "private", "der.own": 32}

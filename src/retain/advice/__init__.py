@@ -1,8 +1,8 @@
 """Advice before a run (`advise`, `pilot`) and between runs (`compare`, `refresh`). Nothing heavy is imported here.
 
-    from retain.advice import Request, advise
-    advice = advise(Request(["data/medical.jsonl"], old="data/general.jsonl"))
-    print(advice.text())
+from retain.advice import Request, advise
+advice = advise(Request(["data/medical.jsonl"], old="data/general.jsonl"))
+print(advice.text())
 """
 
 from __future__ import annotations

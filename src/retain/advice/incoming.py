@@ -28,7 +28,7 @@ ROWS, LEVEL, APART = 200, 0.05, 0.65
 #: Share of incoming rows that are there already from which on somebody should look.
 REPEATED = 0.2
 #: Jaccard index of words and pairs of words from which on two rows are near-duplicates.
-NEAR = 0.6
+NEAR = 0.8
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,11 @@ def _verdict(nearest: Source, duplicates: float, rows: int) -> tuple[Kind, Advic
     told = f"told apart from {nearest.name} in {nearest.told.accuracy:.0%} of the rows " \
            f"[{nearest.told.low:.0%}, {nearest.told.high:.0%}], 50% is chance, p {nearest.p:.3g}"  # fmt: skip
     if duplicates >= REPEATED:
-        return nearest.kind, "look at it first", f"{duplicates:.0%} of the rows are there already or repeat each other; {told}"
+        return (
+            nearest.kind,
+            "look at it first",
+            f"{duplicates:.0%} of the rows are there already or repeat each other; {told}",
+        )
     if nearest.kind == "cannot tell":
         return nearest.kind, "look at it first", f"{rows} rows are too few for this difference: {told}"
     if nearest.kind == "same kind":

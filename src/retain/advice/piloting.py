@@ -1,4 +1,4 @@
-"""The likeliest recipes, run briefly on the real model and a sample of the rows, and put into order by what came out."""
+"""The likeliest recipes, run briefly on the real model and some of the rows, and put into order by what came out."""
 
 from __future__ import annotations
 

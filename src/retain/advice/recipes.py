@@ -109,7 +109,10 @@ def _ewc(s: Scenario) -> list[Choice]:
     if s.parameters >= 7e9:
         found.append(Choice("ewc.units", "raw", "the range by size is given in these units", rules.STAGES))
     samples = 128 if s.room in ("half", "quantised", "none") else 256
-    return [*found, Choice("ewc.samples", samples, "rows for the importances; a few hundred are enough", "preset `basic`")]
+    return [
+        *found,
+        Choice("ewc.samples", samples, "rows for the importances; a few hundred are enough", "preset `basic`"),
+    ]
 
 
 def _replay(s: Scenario) -> list[Choice]:
@@ -144,7 +147,11 @@ def _der(s: Scenario) -> list[Choice]:
         Choice("der.old", 128, "pseudo-samples with their outputs", "preset `private`"),
     ]
     if s.tasks > 1:
-        found.append(Choice("der.own", 32, "after each task the model writes rows in place of the task's", "examples/private.yaml"))
+        found.append(
+            Choice(
+                "der.own", 32, "after each task the model writes rows in place of the task's", "examples/private.yaml"
+            )
+        )
     return found
 
 
@@ -187,7 +194,9 @@ def train_choices(name: str, scenario: Scenario) -> list[Choice]:
         _by("train.max_length", length, length.of(scenario)),
     ]
     if again:
-        found.append(Choice("train.gradient_checkpointing", True, "a third slower, and far fewer activations", "retain plan"))
+        found.append(
+            Choice("train.gradient_checkpointing", True, "a third slower, and far fewer activations", "retain plan")
+        )
     return found
 
 

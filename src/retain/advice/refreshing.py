@@ -45,8 +45,8 @@ class Fresh:
         """In words."""
         left = self.total - self.used - self.repeated - len(self.rows)
         return (
-            f"{len(self.rows)} fresh rows of {self.total}; {self.used} were used before, {self.repeated} repeat others, "
-            f"{left} are left for later runs"
+            f"{len(self.rows)} fresh rows of {self.total}; {self.used} were used before, {self.repeated} repeat "
+            f"others, {left} are left for later runs"
         )
 
 

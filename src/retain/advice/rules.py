@@ -59,20 +59,20 @@ def _length(s: Scenario) -> int:
 
 #: Which recipe (`retain.advice.recipes`) comes first.
 RECIPE = (
-    Rule(lambda s: s.private, "private", "private", "no text of the rows may be kept: the model replays pseudo-samples of "
-         "its own with the outputs it had for them, and is its own teacher", "preset `private`"),
-    Rule(lambda s: s.room == "plenty" and s.tasks > 1 and s.serve == "any", "memory for two full trainings, several tasks, "
-         "any way of serving", "blocks", "each task learns in new blocks, those of earlier ones stay bit for bit",
+    Rule(lambda s: s.private, "private", "private", "no text of the rows may be kept: the model replays "
+         "pseudo-samples of its own with the outputs it had for them, and is its own teacher", "preset `private`"),
+    Rule(lambda s: s.room == "plenty" and s.tasks > 1 and s.serve == "any", "memory for two full trainings, several "
+         "tasks, any way of serving", "blocks", "each task learns in new blocks, those of earlier ones stay as they are",
          "preset `rich`"),
     Rule(lambda s: s.tasks > 2 or (s.parameters >= 7e9 and s.tasks > 1), "three tasks or more; two on 7 billion "
-         "parameters or more", "sequence", "a slow adapter follows a fast one, so that late tasks do not undo early ones",
+         "parameters or more", "sequence", "a slow adapter follows a fast one: late tasks do not undo early ones",
          "preset `advanced`"),
     Rule(lambda s: not s.old and s.room in ("half", "quantised", "none"), "no old rows, little memory", "weights",
          "importance of weights and the model's own past take no old rows and no second model", "preset `small`"),
     Rule(lambda s: s.old, "old rows", "ewc and replay", "old rows in every batch, and weights held by their importance",
          "preset `basic`"),
-    Rule(_always, "otherwise", "own rows", "rows that the model writes stand for old data; a teacher on them and a small "
-         "step back keep the rest", f"default methods; {MEASURED}"),
+    Rule(_always, "otherwise", "own rows", "rows that the model writes stand for old data; a teacher on them and a "
+         "small step back keep the rest", f"default methods; {MEASURED}"),
 )  # fmt: skip
 
 #: Other recipes that a pilot may try, in this order.
@@ -94,10 +94,10 @@ EWC = (
 
 #: (rank, layers): how much an adapter may learn.
 RANK = (
-    Rule(lambda s: s.closeness == "near", "similarity above 0.8", (8, "qv"), "near what the model knows: few directions "
-         "are enough, and lose less", "Hu et al. 2021, arXiv:2106.09685; `lora: {domain: near}`"),
-    Rule(lambda s: s.room in ("half", "quantised", "none"), "little memory", (8, "all"), "gradients and states of a small "
-         "adapter", "preset `small`"),
+    Rule(lambda s: s.closeness == "near", "similarity above 0.8", (8, "qv"), "near what the model knows: few "
+         "directions are enough, and lose less", "Hu et al. 2021, arXiv:2106.09685; `lora: {domain: near}`"),
+    Rule(lambda s: s.room in ("half", "quantised", "none"), "little memory", (8, "all"), "gradients and states of a "
+         "small adapter", "preset `small`"),
     Rule(lambda s: s.closeness == "middle", "similarity 0.5 to 0.8", (16, "all"), "a neighbouring domain",
          "Biderman et al. 2024, arXiv:2405.09673"),
     Rule(_always, "below 0.5", (32, "all"), "far from what the model knows: there is much to learn",
@@ -118,8 +118,8 @@ REPLAY_SHARE = (
 )  # fmt: skip
 
 DISTILL = (
-    Rule(lambda s: s.private or not s.old and s.room in ("half", "quantised", "none"), "private, or little memory and no "
-         "old rows", 0.5, "all rows are new ones, and a strong teacher would keep them from being learned",
+    Rule(lambda s: s.private or (not s.old and s.room in ("half", "quantised", "none")), "private, or little memory "
+         "and no old rows", 0.5, "all rows are new ones, and a strong teacher would keep them from being learned",
          "presets `private`, `small`"),
     Rule(_always, "otherwise", 2.0, "on replayed rows the teacher is right: it may be strong", MEASURED),
 )  # fmt: skip
@@ -136,7 +136,8 @@ WEIGHTS = (
 LEARNING_RATE = (
     Rule(lambda s: s.parameters >= 1e9, "adapters, 1 billion parameters or more", 2e-4,
          "about ten times that of full fine-tuning", "Biderman et al. 2024, arXiv:2405.09673"),
-    Rule(_always, "adapters, smaller models", 1e-3, "small models learn too little at 2e-4", MEASURED),
+    Rule(_always, "adapters, smaller models", 1e-3, "that of the default recipe as it was measured",
+         MEASURED),
 )  # fmt: skip
 FULL_RATE = (
     Rule(lambda s: s.parameters >= 1e9, "all weights, 1 billion parameters or more", 1e-5,

@@ -79,7 +79,7 @@ class Scenario:
 
     @property
     def room(self) -> Room:
-        """What fits: full fine-tuning twice over or once, adapters on float32, bfloat16 or 4-bit weights, or nothing."""
+        """What fits: full fine-tuning twice or once, adapters on float32, bfloat16 or 4-bit weights, or nothing."""
         if self.memory >= 2 * self.needed(FULL):
             return "plenty"
         if self.memory >= self.needed(FULL):

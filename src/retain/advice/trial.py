@@ -110,7 +110,13 @@ def tried(config: RunConfig, train: dict[str, Any], model: Any, tokenizer: Any, 
             moments.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        own = {"output_dir": folder, "max_steps": STEPS, "save_strategy": "no", "report_to": "none", "seed": config.seed}
+        own = {
+            "output_dir": folder,
+            "max_steps": STEPS,
+            "save_strategy": "no",
+            "report_to": "none",
+            "seed": config.seed,
+        }
         args = SFTConfig(**(train | own | {"disable_tqdm": True, "logging_steps": STEPS}))
         device = args.device.type
         run = Run(

@@ -8,7 +8,6 @@ import typer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from rich.table import Table
 
@@ -32,7 +31,9 @@ def command(
     pilot: Annotated[bool, typer.Option("--pilot", help="Run the three best recipes briefly, and compare.")] = False,
     pilot_steps: Annotated[int, typer.Option(min=1, help="Steps of each task in a pilot.")] = 20,
     pilot_items: Annotated[int, typer.Option(min=2, help="Items of every probe in a pilot.")] = 8,
-    pilot_folder: Annotated[str, typer.Option(help="Runs of the pilot; the same command goes on there.")] = "runs/pilot",
+    pilot_folder: Annotated[
+        str, typer.Option(help="Runs of the pilot; the same command goes on there.")
+    ] = "runs/pilot",
     output: Annotated[str | None, typer.Option("--output", help="File to write; advice.yaml by default.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     incoming: Annotated[str | None, typer.Option(help="New rows: are they of a kind that was --seen?")] = None,
@@ -69,7 +70,8 @@ def command(
     if refresh is not None:
         if json_ or model:
             raise ConfigError(f"{'--json' if json_ else '--model'}: has no effect with --refresh. Leave it out.")
-        return _refresh(refresh, rows, seen, seed, output, force)
+        _refresh(refresh, rows, seen, seed, output, force)
+        return
     from pathlib import Path
 
     from retain.cli.common import console, quiet_libraries, quietly
@@ -165,9 +167,8 @@ def _ask(name: str, question: str, default: Any) -> Any:
 
 
 def _word(name: str, default: Any) -> str:
-    if name == "memory":
-        return "what is free here"
-    return {False: "no", 0.0: "no limit" if name == "lose_at_most" else "0"}.get(default, str(default))
+    named = {"memory": "what is free here", "private": "no", "lose_at_most": "without limit"}
+    return named.get(name, str(default))
 
 
 def _table(advice: Advice) -> Table:
@@ -175,7 +176,9 @@ def _table(advice: Advice) -> Table:
     from rich.table import Table
 
     names = ", ".join(name for name, _ in advice.methods)
-    table = Table(box=None, header_style="dim", pad_edge=False, title=f"{advice.ranking[0]}: {names}", title_style="bold")
+    table = Table(
+        box=None, header_style="dim", pad_edge=False, title=f"{advice.ranking[0]}: {names}", title_style="bold"
+    )
     table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("why", overflow="fold")
@@ -190,7 +193,9 @@ def _lines(found: Pilot) -> Table:
 
     from retain.advice.piloting import HEAD
 
-    table = Table(box=None, header_style="dim", pad_edge=False, title=f"pilot of {found.steps} steps", title_style="bold")
+    table = Table(
+        box=None, header_style="dim", pad_edge=False, title=f"pilot of {found.steps} steps", title_style="bold"
+    )
     for name in HEAD:
         table.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=name == "recipe")
     for line in found.lines:

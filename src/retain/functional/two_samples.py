@@ -1,7 +1,7 @@
 """Do two sets of vectors come from one distribution? Two tests whose p values hold at every size.
 
     MMD²(X, Y) = mean k(x, x′) + mean k(y, y′) − 2 mean k(x, y)      (Gretton et al. 2012, JMLR 13:723, eq. 5, biased)
-    accuracy   = share of rows whose set a classifier names, cross-validated      (Lopez-Paz & Oquab 2017, arXiv:1610.06545)
+    accuracy   = share of rows whose set a classifier names     (Lopez-Paz & Oquab 2017, arXiv:1610.06545)
 
 k(x, x′) = exp(−‖x − x′‖² / 2σ²), σ the median distance over all pairs. Both p values are by permutation: rows that are
 exchangeable come from either set with equal chance, so p is exact whatever the statistic (Phipson & Smyth 2010, doi:
