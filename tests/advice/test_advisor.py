@@ -12,7 +12,8 @@ from advice_kit import counting
 from run_kit import write_lines
 
 from retain.advice import Request, advise, pilot
-from retain.advice.advisor import ASSUMED, write
+from retain.advice.advisor import write
+from retain.advice.facts import ASSUMED
 from retain.advice.trial import peak, tried
 from retain.config import parse, read
 from retain.errors import ConfigError, RetainError
@@ -76,7 +77,7 @@ def test_private_rows_stay_private(asked, desk, thin_suites):
 
 
 def test_weights_that_are_too_large_are_not_read(asked, thin_suites, monkeypatch):
-    monkeypatch.setattr("retain.advice.advisor.MEASURABLE", {"cpu": 10})
+    monkeypatch.setattr("retain.advice.facts.MEASURABLE", {"cpu": 10})
     monkeypatch.setattr("retain.models.load.load_model", lambda *a, **k: pytest.fail("read"))
     found = advise(asked, say=lambda line: None)
     assert found.scenario.similarity == ASSUMED

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -113,3 +116,13 @@ def test_a_fresh_mix_is_written(advise, folder):
     shown = advise("--refresh", "general.jsonl", "--rows", "3", "--seen", "new.jsonl", "--output", "fresh.jsonl")
     assert "3 fresh rows of 30" in shown
     assert len((folder / "fresh.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_gate_of_the_page_runs(folder, monkeypatch, capsys):
+    """Its blocks for `bash` end well and are run with all others; this one says no."""
+    page = (Path(__file__).parents[2] / "docs" / "advise.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for name, rows in {"legal": travelling(20), "medical": counting(20), "yours": invented(20)}.items():
+        write_lines(folder / "data" / f"{name}.jsonl", rows)
+    assert typed(monkeypatch, *shlex.split(block)[1:]) == 1
+    assert "new kind" in capsys.readouterr().out

@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retain.advice.advisor import Advice, Request, advise
+    from retain.advice.advisor import Advice, advise
+    from retain.advice.facts import Request
     from retain.advice.incoming import Incoming, compare
     from retain.advice.piloting import Pilot, pilot
     from retain.advice.reading import Reader, Sample, read_sample
@@ -34,11 +35,12 @@ __all__ = [
     "refresh",
 ]
 _WHERE = {
-    **dict.fromkeys(("Advice", "Request", "advise"), "advisor"),
+    **dict.fromkeys(("Advice", "advise"), "advisor"),
     **dict.fromkeys(("Incoming", "compare"), "incoming"),
     **dict.fromkeys(("Pilot", "pilot"), "piloting"),
     **dict.fromkeys(("Reader", "Sample", "read_sample"), "reading"),
     **dict.fromkeys(("Fresh", "refresh"), "refreshing"),
+    "Request": "facts",
     "Scenario": "scenario",
 }
 

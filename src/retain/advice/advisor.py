@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from retain.advice import recipes
+from retain.advice.facts import Facts, Request, Say, gathered
 from retain.advice.recipes import Choice
-from retain.advice.scenario import Scenario, Serve
-from retain.advice.similarity import ROWS, Similarity
+from retain.advice.scenario import Scenario
+from retain.advice.similarity import Similarity
 from retain.advice.writing import document
-from retain.config import STARTER, ModelConfig, RunConfig, parse
-from retain.errors import ConfigError, DataError
+from retain.config import ModelConfig, RunConfig, parse
+from retain.errors import ConfigError
 
 if TYPE_CHECKING:
     from retain.advice.trial import Trial
     from retain.estimate import Estimate
-
-#: Similarity that is assumed where none is measured: the middle band.
-ASSUMED = 0.65
-#: Parameters up to which weights are loaded to measure, on a CPU and on a GPU.
-MEASURABLE = {"cpu": 5e8, "cuda": 1e10}
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a person says.
-
-    Args:
-        data: what is to be learned, in order: files, folders or hub ids.
-        model: `starter`, a folder, or a hub id.
-        memory: GB for training; what is free here when None.
-        old: rows that stand for old data, or None.
-        private: no text of the rows may be kept.
-        later: tasks that will come after these.
-        serve: how the result will be used.
-        lose_at_most: share of the old abilities' scores that may be lost, or None.
-        similarity: of the new rows to what the model knows, if it shall not be measured.
-        trial: make a few real steps, where the model is small enough.
-        price: of an hour of this machine, in any currency, or None.
-        output: run directory of the advised run, or None for the usual one.
-        seed: of samples.
-    """
-
-    data: Sequence[str]
-    model: str = STARTER
-    memory: float | None = None
-    old: str | None = None
-    private: bool = False
-    later: int = 0
-    serve: Serve = "any"
-    lose_at_most: float | None = None
-    similarity: float | None = None
-    trial: bool = True
-    price: float | None = None
-    output: str | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +104,7 @@ def advise(request: Request, say: Say = print) -> Advice:
 
     if not request.data:
         raise ConfigError("advise: nothing to learn. Give --data with a file, a folder or a hub id.")
-    facts = _facts(request, say)
+    facts = gathered(request, say)
     scenario = facts.scenario
     ranking = recipes.ordered(scenario)
     advice = Advice(
@@ -165,7 +122,8 @@ def advise(request: Request, say: Say = print) -> Advice:
     rows = read_rows(config, planned.train, lambda line: None)
     planned.stack.check_inputs(rows.tokenizer)
     trial = None
-    if request.trial and facts.measurable:
+    quantised = config.model.quantize != "none"
+    if request.trial and facts.measurable and not quantised:
         say("trying a few steps")
         trial = _tried(config, planned.train, rows, facts)
     from retain.estimate import estimate
@@ -173,11 +131,13 @@ def advise(request: Request, say: Say = print) -> Advice:
     say("estimating memory and time")
     probes, infos, _ = load_probes(config, rows.tasks, rows.tokenizer, lambda line: None)
     found = estimate(planned, rows.tasks, rows.tokenizer, probes, rows.old, infos)
-    return replace(advice, estimate=found, trial=trial, notes=[*facts.notes, *costs(found, trial, request.price)])
+    return replace(
+        advice, estimate=found, trial=trial, notes=[*facts.notes, *costs(found, trial, request.price, request.memory)]
+    )
 
 
-def costs(found: Estimate, trial: Trial | None, price: float | None) -> list[str]:
-    """Memory, time and cost in words, each with where it is from."""
+def costs(found: Estimate, trial: Trial | None, price: float | None, limit: float | None = None) -> list[str]:
+    """Memory, time and cost in words, each with where it is from; `limit` in GB is what training may take."""
     from retain.report.wording import duration
 
     learning = sum(seconds for name, seconds in found.time.items() if name.startswith("learning"))
@@ -195,101 +155,14 @@ def costs(found: Estimate, trial: Trial | None, price: float | None) -> list[str
         sentences.append(f"expected time here: {duration(total)} ({how}, probes included)")
         if price is not None:
             sentences.append(f"expected cost: {total / 3600 * price:.2g} at {price:g} an hour")
+    if limit is not None and held > limit * 1e9:
+        sentences.append(f"that is more than the {limit:g} GB given: take a smaller model, or shorter rows")
     if not found.fits:
         sentences.append(f"it will probably not fit; what helps: {'; '.join(found.advice)}")
     return sentences
 
 
-@dataclass
-class _Facts:
-    scenario: Scenario
-    tasks: list[dict[str, Any]]
-    notes: list[str]
-    similarity: Similarity | None
-    measurable: bool
-    model: Any = None  # as `ModelConfig(name)` loads it
-
-
-def _facts(request: Request, say: Say) -> _Facts:
-    """What the data, the model and the machine say."""
-    import torch
-
-    from retain.advice.reading import Reader, built_in, read_sample, sample_of
-    from retain.data.chat import row_lengths, template_check
-    from retain.data.tasks import load_task
-    from retain.models import machine
-    from retain.models.load import load_model, load_settings, load_tokenizer
-    from retain.models.weightless import Weightless
-
-    named = ModelConfig(name=request.model)
-    load_settings(named)  # a model that is not there is said first
-    tokenizer = load_tokenizer(request.model)
-    loaded = []
-    for where in request.data:
-        task = load_task(where, seed=request.seed)
-        template_check(tokenizer, chat=task.form != "text")
-        loaded.append(task)
-    lengths = [row_lengths(task.rows, tokenizer) for task in loaded]
-    general = None if request.old is None else read_sample(request.old, ROWS, request.seed, "your old rows")
-    parameters = Weightless(named).model.num_parameters()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    free = machine.free_bytes(device) / 1e9
-    memory = request.memory or free
-    where = "given" if request.memory else f"what is free on {device} here"
-    notes = [f"{task.name}: {len(task.rows)} rows to learn, {len(task.test_rows)} to test, tokens of a row "
-             f"{np.median(n):.0f} in the middle, {np.quantile(n, 0.99):.0f} in 99 of 100" for task, n in
-             zip(loaded, lengths)]  # fmt: skip
-    notes.append(f"{request.model}: {parameters / 1e9:.3g} billion parameters; memory {memory:.3g} GB ({where})")
-    measurable = parameters <= MEASURABLE.get(device, 0) and 5 * parameters / 1e9 < free
-    found, model = None, None
-    if request.similarity is None and measurable:
-        say("reading rows with the base")
-        model, _ = load_model(named)
-        model = model.to(device)
-        reader = Reader(model, tokenizer)
-        if general is None:
-            general = built_in(ROWS, request.seed)
-        each = max(2, ROWS // len(loaded))
-        parts = [sample_of(task.rows, task.name, each, request.seed) for task in loaded]
-        if sum(map(len, parts)) < 2 or len(general) < 3:
-            raise DataError("advise: too few rows to measure. Give two to learn and three old ones, or --similarity.")
-        found = _farthest(reader, parts, general)
-        notes.append(found.sentence())
-    elif request.similarity is None:
-        notes.append(f"similarity {ASSUMED}: assumed, as the weights are too large to be read here")
-    else:
-        notes.append(f"similarity {request.similarity:g}: as given")
-    scenario = Scenario(
-        parameters=float(parameters),
-        similarity=request.similarity if request.similarity is not None else found.value if found else ASSUMED,
-        old=request.old is not None and not request.private,
-        private=request.private,
-        memory=memory,
-        tasks=len(loaded) + request.later,
-        serve=request.serve,
-        lose_at_most=request.lose_at_most,
-        rows=min(len(task.rows) for task in loaded),
-        longest=min(int(max(np.quantile(n, 0.99) for n in lengths)), _context(model, tokenizer, named)),
-    )
-    tasks = [{"data": where} for where in request.data]
-    return _Facts(scenario, tasks, notes, found, measurable, model)
-
-
-def _farthest(reader: Any, parts: Sequence[Any], general: Any) -> Similarity:
-    """Of several tasks the one least like what is known decides."""
-    from retain.advice.similarity import measure
-
-    return min((measure(reader, part, general) for part in parts if len(part) >= 2), key=lambda one: one.value)
-
-
-def _context(model: Any, tokenizer: Any, named: ModelConfig) -> int:
-    from retain.models.load import known_context, load_settings
-
-    settings = load_settings(named)
-    return known_context(settings.get_text_config(), tokenizer) or 2048
-
-
-def _tried(config: RunConfig, train: dict[str, Any], rows: Any, facts: _Facts) -> Trial:
+def _tried(config: RunConfig, train: dict[str, Any], rows: Any, facts: Facts) -> Trial:
     from retain.advice.trial import tried
     from retain.models.load import load_model
 

@@ -62,7 +62,7 @@ RECIPE = (
     Rule(lambda s: s.private, "private", "private", "no text of the rows may be kept: the model replays "
          "pseudo-samples of its own with the outputs it had for them, and is its own teacher", "preset `private`"),
     Rule(lambda s: s.room == "plenty" and s.tasks > 1 and s.serve == "any", "memory for two full trainings, several "
-         "tasks, any way of serving", "blocks", "each task learns in new blocks, those of earlier ones stay as they are",
+         "tasks, any way of serving", "blocks", "each task learns in new blocks, those of earlier ones stay",
          "preset `rich`"),
     Rule(lambda s: s.tasks > 2 or (s.parameters >= 7e9 and s.tasks > 1), "three tasks or more; two on 7 billion "
          "parameters or more", "sequence", "a slow adapter follows a fast one: late tasks do not undo early ones",

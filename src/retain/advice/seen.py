@@ -65,12 +65,17 @@ def model_of(seen: list[str], model: str | None) -> tuple[Any, Any]:
     Raises:
         RunError, ModelError: it cannot be loaded.
     """
+    import torch
+
     from retain.config import STARTER
     from retain.models.load import load_model, load_stage, load_tokenizer
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
     run = next((where for where in seen if is_run(where)), None)
     if model is not None or run is None:
-        return load_model(ModelConfig(name=model or STARTER))
+        found, tokenizer = load_model(ModelConfig(name=model or STARTER))
+        return found.to(device), tokenizer
     place = RunDirectory(run)
     config = place.read_config()
     stages = [stage_name(i, name) for i, name in enumerate(config.task_names, 1)]
@@ -78,4 +83,4 @@ def model_of(seen: list[str], model: str | None) -> tuple[Any, Any]:
     if not done:
         raise RunError(f"{run}: no task of it is finished. Finish the run, or give --model.")
     folders = [place.task(stage) for stage in done]
-    return load_stage(config.model, folders), load_tokenizer(config.model.name, config.model.revision)
+    return load_stage(config.model, folders, device=device), load_tokenizer(config.model.name, config.model.revision)

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from retain.advice.advisor import Advice, Request
+    from retain.advice.advisor import Advice
+    from retain.advice.facts import Request
     from retain.advice.incoming import Incoming
     from retain.advice.piloting import Pilot
 
@@ -126,7 +127,7 @@ def _asked(given: dict[str, Any], say: Callable[[str], None]) -> Request:
     """What was given, asked for at a terminal, and otherwise the defaults, which are said."""
     import sys
 
-    from retain.advice.advisor import Request
+    from retain.advice.facts import Request
     from retain.errors import ConfigError
 
     terminal = sys.stdin.isatty()
