@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retain.data.chat import to_chat
+from retain.data.chat import to_chat, with_choices
 from retain.data.sources import load_rows
 from retain.errors import DataError
 
@@ -89,7 +89,10 @@ def read_sample(where: str, most: int | None = None, seed: int = 0, name: str | 
 
 
 def built_in(most: int | None = None, seed: int = 0) -> Sample:
-    """General rows where the user has none: questions of the core suite with their right answers."""
+    """General rows where the user has none: questions of the core suite with their choices and the right one.
+
+    Only those with choices: an answer in one word is hard to foresee where nothing in the question asks for one.
+    """
     from datasets import Dataset
 
     from retain.probes.suite import load_probes
@@ -97,15 +100,11 @@ def built_in(most: int | None = None, seed: int = 0) -> Sample:
     rows = []
     for probe in load_probes(BUILT_IN):
         for item in probe.items:
-            fields = item.fields
             if probe.kind == "choice":
-                answer = fields["choices"][fields["answer"]]
-            elif probe.kind == "answer":
-                answer = str(fields["answers"][0])
-            else:
-                continue
-            turns = [{"role": "user", "content": fields["prompt"]}]
-            rows.append({"prompt": turns, "completion": [{"role": "assistant", "content": answer}]})
+                question, choices = item.fields["prompt"], item.fields["choices"]
+                turns = [{"role": "user", "content": with_choices(question, choices)}]
+                answer = [{"role": "assistant", "content": choices[item.fields["answer"]]}]
+                rows.append({"prompt": turns, "completion": answer})
     return sample_of(Dataset.from_list(rows), f"the built-in suite {BUILT_IN}", most, seed)
 
 
