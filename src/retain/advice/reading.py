@@ -65,7 +65,8 @@ def sample_of(rows: Any, name: str, most: int | None = None, seed: int = 0) -> S
     total, places = len(rows), np.arange(len(rows))
     if most is not None and most < total:
         places = np.sort(np.random.default_rng(seed).permutation(total)[:most])
-    turns, answers = [], []
+    turns: list[list[dict[str, Any]]] = []
+    answers: list[str] = []
     for row in rows.select(places):
         if row.get("text") is not None:
             turns.append([])
