@@ -126,6 +126,7 @@ def test_a_trial_leaves_nothing_and_takes_the_longest_rows(advice, model, tokeni
     assert 0 < found.width <= config.train["max_length"]
 
 
+@pytest.mark.slow
 def test_a_pilot_orders_recipes_and_goes_on(advice, tmp_path, thin_suites, monkeypatch):
     said: list[str] = []
     found = pilot(advice, tmp_path, steps=2, items=2, test_rows=4, say=said.append)
