@@ -36,8 +36,8 @@ from retain.experts.routing.keyword import Keyword
 from retain.experts.routing.likelihood import Likelihood, pool_scorer
 from retain.experts.routing.opening import DEPTH
 from retain.experts.routing.prototype import Prototype
-from retain.experts.routing.states import StateReader
 from retain.functional.statistics import mean_interval
+from retain.models.states import StateReader
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "routing.json"

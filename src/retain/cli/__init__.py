@@ -27,7 +27,7 @@ STOPPED = 130
 
 #: In the order in which a newcomer needs them; files that are not named here follow.
 _ORDER = [
-    *("demo", "run", "plan", "probe", "retention", "compare", "search", "report", "simulate"),
+    *("demo", "run", "plan", "advise", "probe", "retention", "compare", "search", "report", "simulate"),
     *("experts", "chat", "serve", "merge"),
     *("methods", "synth", "export", "doctor"),
 ]

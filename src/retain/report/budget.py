@@ -78,7 +78,7 @@ def _numbers(results: Results, budget: Budget) -> list[tuple[str, str, str, str]
     infos = [info for info in results.probes if info.name in budget.probes]
     own = [info for info in results.probes if info.task == budget.task]
     shares = [info for info in own if wording.is_share(info)]  # as `training.control` takes the mean
-    unit = [*shares, *own][:1]
+    unit = next(iter([*shares, *own]), None)
     limits = [_limit(budget)] if not infos or any(not info.is_perplexity for info in infos) else []
     limits += [_nats(budget.lose_at_most_nats)] if any(info.is_perplexity for info in infos) else []
     about = say("budget.allowed_means", items=budget.items, names=wording.listed(budget.probes))
@@ -95,7 +95,7 @@ def _numbers(results: Results, budget: Budget) -> list[tuple[str, str, str, str]
         found.append((say("budget.lost_nats"), _nats(here.nats), bound, meaning))
     found.append((say("budget.share"), _share(budget.share), "", say("budget.share_means")))
     if budget.learned is not None:
-        found.append((say("budget.learned"), _gain(budget.learned, *unit), "", _price(budget, *unit)))
+        found.append((say("budget.learned"), _gain(budget.learned, unit), "", _price(budget, unit)))
     if budget.drift is not None:
         found.append((say("budget.drift"), _nats(budget.drift), "", _thermostat(budget)))
     if budget.items_needed is not None:

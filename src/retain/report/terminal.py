@@ -36,9 +36,9 @@ def summary(results: Results) -> RenderableType:
     if results.changes:
         parts.append(numbers)
     for said in budget.sentences(results):
-        word, style = ("budget.met", "good") if said.met else ("budget.not_met", "bad")
-        line = Text.assemble((say(word), f"bold {STYLES[style]}"), "  ", said.words)
-        parts.append(line)
+        word = "budget.met" if said.met else "budget.not_met"
+        style = STYLES["good" if said.met else "bad"]
+        parts.append(Text.assemble((say(word), f"bold {style}"), "  ", said.words))
     parts.append(_probes(results))
     return Group(*parts)
 

@@ -22,8 +22,8 @@ from retain.experts.routing.keyword import Keyword
 from retain.experts.routing.likelihood import Likelihood, pool_scorer
 from retain.experts.routing.linear import fit_linear
 from retain.experts.routing.prototype import Prototype
-from retain.experts.routing.states import TOKENS, StateReader
 from retain.models.likelihood import text_log_likelihood
+from retain.models.states import TOKENS, StateReader
 
 OTHERS = list(EVERYDAY[::4])
 TEXTS = ["The bird can fly.", "成语", "", "One, two, three, four, five and six " * 6]

@@ -18,7 +18,7 @@ from retain.experts.routing import opening
 from retain.experts.routing.base import Router
 from retain.experts.routing.everyday import EVERYDAY
 from retain.experts.routing.opening import ROUTERS, open_router
-from retain.experts.routing.states import StateReader
+from retain.models.states import StateReader
 
 OTHERS = list(EVERYDAY[::4])
 

@@ -35,7 +35,7 @@ class Combined(Router):
     """Sum of the log-probabilities of `keyword` and `gate`.
 
     Args:
-        reader: texts → vectors [n, H], as `states.StateReader`.
+        reader: texts → vectors [n, H], as `models.states.StateReader`.
         settings: as for `Router`.
     """
 

@@ -17,7 +17,7 @@ class Gate(OnVectors):
     """Multinomial logistic regression on standardised states.
 
     Args:
-        reader: texts → vectors [n, H], as `states.StateReader`.
+        reader: texts → vectors [n, H], as `models.states.StateReader`.
         settings: as for `Router`.
     """
 

@@ -143,7 +143,7 @@ def make(name: str, pool: AdapterPool | None, tokenizer: Any, embedding: str | N
         from retain.experts.routing.likelihood import Likelihood, pool_scorer
 
         return Likelihood(pool_scorer(pool, tokenizer))
-    from retain.experts.routing.states import StateReader
+    from retain.models.states import StateReader
 
     reader = StateReader(pool.model, tokenizer, DEPTH, pool.lock)
     settings: dict[str, Any] = {"depth": DEPTH, "layers": reader.layers}

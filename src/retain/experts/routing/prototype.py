@@ -25,7 +25,7 @@ class Prototype(OnVectors):
     """Cosine to the mean direction of the states of an expert's questions.
 
     Args:
-        reader: texts → vectors [n, H]: `states.StateReader`, or `embedding_reader` of a sentence-transformers model.
+        reader: texts → vectors [n, H]: `StateReader`, or `embedding_reader` of a sentence-transformers model.
         settings: as for `Router`.
     """
 

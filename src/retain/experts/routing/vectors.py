@@ -18,7 +18,7 @@ class OnVectors(Router):
     """A router on what a reader makes of questions.
 
     Args:
-        reader: texts → vectors [n, H]: `states.StateReader`, or `embedding_reader` of a sentence-transformers model.
+        reader: texts → vectors [n, H]: `StateReader`, or `embedding_reader` of a sentence-transformers model.
         settings: as for `Router`.
     """
 
