@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="+", help="settings: budget-0.1, fixed-2, …")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--items", type=int, default=200, help="questions of each half")
+    parser.add_argument("--items", type=int, default=150, help="questions of each half")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "budget_study.md")

@@ -25,8 +25,8 @@ from retain.rundir import BASE, RunDirectory
 FAMILIES = ("calendar_arithmetic", "count_bits", "gcd", "letter_counting", "number_sequence", "syllogism")
 TASK, HALVES = "reasoning", ("control", "held")
 BUDGETS = (0.03, 0.06, 0.1, 0.15)
-FACTORS = (0.0, 0.125, 0.5, 2.0, 8.0)  # of the fixed settings, on the strength that a budget begins with
-SHARE, STRENGTH = 0.2, 1.0  # of replayed rows; of distillation
+FACTORS = (0.0, 0.25, 1.0, 4.0)  # of the fixed settings, on the strength that a budget begins with
+SHARE, STRENGTH = 0.1, 0.1  # of replayed rows; of distillation
 _TRAIN: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "max_steps": 24,
@@ -62,7 +62,7 @@ class Study:
     work: Path
     results: Path
     model: str = "starter"
-    items: int = 200
+    items: int = 150
     train: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
@@ -143,7 +143,7 @@ def halves(data: Path) -> dict[str, list[dict[str, Any]]]:
     parts: dict[str, list[dict[str, Any]]] = {half: [] for half in HALVES}
     for row in found:
         half = HALVES[hashlib.sha256(row["prompt"].encode()).digest()[0] % 2]
-        parts[half].append(row | {"kind": "answer", "max_tokens": 16, "probe": f"{row['probe']}_{half}"})
+        parts[half].append(row | {"kind": "answer", "max_tokens": 12, "probe": f"{row['probe']}_{half}"})
     return parts
 
 
