@@ -163,7 +163,7 @@ def _ask(name: str, question: str, default: Any) -> Any:
         from retain.advice.scenario import SERVE
 
         return Prompt.ask(question, choices=list(SERVE), default=default)
-    kind = {bool: Confirm, float: FloatPrompt, int: IntPrompt}.get(type(default), Prompt)
+    kind: Any = {bool: Confirm, float: FloatPrompt, int: IntPrompt}.get(type(default), Prompt)
     return kind.ask(question, default=default)
 
 
