@@ -1,0 +1,1 @@
+"""What to do about forgetting, found by trying it on the model itself."""
