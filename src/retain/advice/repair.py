@@ -161,9 +161,8 @@ class Repairing:
             candidates.append(found)
             points.append(self._point(found))
         chosen = choose(points, start, self.settings.lose_at_most)
-        return self._finish(
-            whole, points, next((c for c in [TUNED, *candidates] if chosen and c.name == chosen.name), None)
-        )
+        taken = next((c for c in [TUNED, *candidates] if chosen is not None and c.name == chosen.name), None)
+        return self._finish(whole, points, taken)
 
     # -- asking ------------------------------------------------------------------------------------------
     def _begin(self) -> None:
@@ -227,9 +226,13 @@ class Repairing:
         elif steps:
             avoid = texts_of_items([*self.kept, *self.learned])
             place = self.folder / f"distilled-{steps}"
-            adapter = distilled(self.both, self.base, steps, place, self.settings.seed, avoid, self.say)
-            yield Candidate(f"distill-{steps}", "distill", {"steps": steps}, Recipe("interpolate", (1.0,)),
-                            folder=str(adapter))  # fmt: skip
+            try:
+                adapter = distilled(self.both, self.base, steps, place, self.settings.seed, avoid, self.say)
+            except DataError as error:  # the base wrote nothing that can be used; other moves can still be tried
+                self._note(f"no self-distillation: {error}")
+                return
+            settings = {"steps": steps}
+            yield Candidate(f"distill-{steps}", "distill", settings, Recipe("interpolate", (1.0,)), folder=str(adapter))
 
     def _searched(self, points: Sequence[Point], start: Point) -> Candidate:
         """An own α for each group of layers, from the best single one on."""

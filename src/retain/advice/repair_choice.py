@@ -140,12 +140,12 @@ def balance(side: Sides, tuned: Sides) -> tuple[float, float, float]:
     """By what points are ordered without a budget; larger is better.
 
     First those that hold at least 95 % of what was learned and have at least a tenth of what was lost back, the more
-    the better; then the others, by the sum of both shares.
+    the better; then the others, by the sum of both shares, and of equal sums by what is there.
     """
     back, there = worth(side, tuned)
     if there >= HELD and back >= NOTABLE:
         return 1.0, back, there
-    return 0.0, back + there, back
+    return 0.0, back + there, there
 
 
 def within(side: Sides, tuned: Sides, lose_at_most: float) -> tuple[float, float, float]:

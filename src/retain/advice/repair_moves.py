@@ -32,7 +32,7 @@ TRIMMED, DROPPED = (0.1, 0.3), (0.3,)
 REDUCED = (0.5, 1.0)
 #: Largest directions of a matrix among which intruders are looked for, and the cosine below which one is (as in PEFT).
 TOP, THRESHOLD = 10, 0.5
-_ATTENTION = re.compile(r"attn|attention|input_layernorm|ln_1\b|norm1\b|\bnorm_1\b", re.IGNORECASE)
+_ATTENTION = re.compile(r"(^|\.)(self_)?(attn|attention)\.|input_layernorm|\bln_1\b")
 
 
 @dataclass(frozen=True)

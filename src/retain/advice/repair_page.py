@@ -45,7 +45,8 @@ def _rows(found: Repair) -> list[tuple[str, ...]]:
         side = _reported(point)
         name = f"{point.name} (chosen)" if point.name == found.chosen else point.name
         lost, learned = amount(side.lost, found.units[0]), amount(side.learned, found.units[1])
-        rows.append((point.family, name, lost, share(side.recovered), learned, share(side.holds)))
+        back, there = ("0 %", "100 %") if point.family == "tuned" else (share(side.recovered), share(side.holds))
+        rows.append((point.family, name, lost, back, learned, there))
     return rows
 
 
@@ -70,7 +71,7 @@ def sentence(found: Repair) -> str:
     there = f"{share(side.holds)} of what was learned is there" if side.holds else "what is there cannot be told"
     text = f"{found.chosen}: {back}, {there} ({level} intervals, on items by which it was not chosen)."
     if found.chosen == "tuned":
-        text = f"No move is better than the tuned model as it is. {text}"
+        text = "No move is better than the tuned model as it is."
     if found.inside is not None:
         word = "inside" if found.inside else "not shown to be inside"
         text += f" Its upper bound there is {amount_of(side.upper, found.units[0])}: {word} the budget."

@@ -5,9 +5,9 @@ W = U S Vᵀ and W⁰ = U⁰ S⁰ V⁰ᵀ, direction i among the largest `top` o
 
     max_j |⟨u_i, u⁰_j⟩| < threshold ,        and it is scaled down:   W − strength · s_i u_i v_iᵀ .
 
-`strength` = 1 − λ of the paper (`mitigation_lambda` of PEFT): at λ = 1 the matrix stays as it is, at λ = 0 the direction
-is gone. Deviations: any fine-tuned matrix will do, not only W⁰ + BA; the result is not cut to an adapter's rank, as PEFT
-does.
+`strength` = 1 − λ of the paper (`mitigation_lambda` of PEFT): at λ = 1 the matrix stays as it is, at λ = 0 the
+direction is gone. Deviations: any fine-tuned matrix will do, not only W⁰ + BA; the result is not cut to an adapter's
+rank, as PEFT does.
 """
 
 from __future__ import annotations
