@@ -6,8 +6,8 @@ model, repaired. Writes its tables into docs/repair.md.
     python bench/repair.py --data DATA --train-only
     python bench/repair.py                                # the page from the results that are there
 
-DATA is a folder with the data sets reasoning_gym and cl_benchmark. Fine-tunes and answers are kept under bench/out/repair,
-so that the same command goes on after a stop; numbers are under bench/results/repair, one file per fine-tune.
+DATA is a folder with the data sets reasoning_gym and cl_benchmark. Fine-tunes and answers are kept under
+bench/out/repair, so that the same command goes on after a stop; numbers are in bench/results/repair, one file for each.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_numbers_of_a_point_are_means_over_probes():
 
 def test_only_scores_of_one_kind_are_averaged():
     texts = info("prose", "reference", "perplexity")
-    table = rows(a=ones(3)) + [{"probe": "prose", "score": 80.0}]
+    table = [*rows(a=ones(3)), {"probe": "prose", "score": 80.0}]
     assert counted([texts, info("a", "reference")], table) == [info("a", "reference")]
     assert counted([texts], table) == [texts]
     with pytest.raises(DataError, match="none scores"):

@@ -275,7 +275,8 @@ class Repairing:
             learn=[i.name for i in self.asked.learned],
             items={half: sum(len(p.items) for p in self.halves[half]) for half in HALVES},
             confidence=self.settings.confidence, lose_at_most=budget,
-            units=self.asked.units(self.first["held"][0]), base_score=self.asked.score(self.first["held"][0]), lost=whole.lost, learned=whole.learned,
+            units=self.asked.units(self.first["held"][0]), base_score=self.asked.score(self.first["held"][0]),
+            lost=whole.lost, learned=whole.learned,
             points=points, best={f: p.name for f, p in by_family(points, start, budget).items()},
             chosen=chosen.name if chosen else None, inside=inside, form=form, folder=place, notes=self.notes,
         )  # fmt: skip

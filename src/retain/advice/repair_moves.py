@@ -2,7 +2,7 @@
 
 With θ⁰ the base, θ the fine-tune and τ = θ − θ⁰:
 
-- interpolation: θ⁰ + α τ (WiSE-FT, Wortsman 2022, arXiv:2109.01903); with an own α for each group of layers (`Grouped`);
+- interpolation: θ⁰ + α τ (WiSE-FT, Wortsman 2022, arXiv:2109.01903); or an own α per group of layers (`Grouped`);
 - TIES: of every tensor the largest |τ| stay (Yadav 2023, arXiv:2306.01708, step 1). There is one task vector, so there
   is no sign to elect and nothing to average;
 - magnitude: the largest |τ| stay, of all tensors together (`Magnitude`);
@@ -35,6 +35,10 @@ TOP, THRESHOLD = 10, 0.5
 _ATTENTION = re.compile(r"(^|\.)(self_)?(attn|attention)\.|input_layernorm|\bln_1\b")
 
 
+#: The tuned model as it is.
+WHOLE = Recipe("interpolate", (1.0,))
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A point to be asked about.
@@ -51,7 +55,7 @@ class Candidate:
     name: str
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
-    move: Combining = Recipe("interpolate", (1.0,))
+    move: Combining = WHOLE
     scales: bool = False
     folder: str | None = None
 

@@ -62,8 +62,8 @@ def sentence(found: Repair) -> str:
     if found.chosen is None:
         bounds = [p.control.upper for p in found.points]
         return (
-            f"No point is inside {amount_of(found.lose_at_most, found.units[0])} {found.units[0]} by its upper bound on "
-            f"the control half; the nearest has {amount_of(min(bounds), found.units[0])}. More items make bounds "
+            f"No point is inside {amount_of(found.lose_at_most, found.units[0])} {found.units[0]} by its upper bound "
+            f"on the control half; the nearest has {amount_of(min(bounds), found.units[0])}. More items make bounds "
             "narrower; only the base itself loses nothing."
         )
     side = _reported(found.point(found.chosen))
@@ -92,8 +92,9 @@ def rule(found: Repair) -> str:
             f"{found.units[0]} that which learned most."
         )
     return (
-        f"Chosen on the control half: of the points that hold at least {HELD:.0%} of what was learned and have at least "
-        f"{NOTABLE:.0%} of what was lost back, that with most back; without such a point, the largest sum of both shares."
+        f"Chosen on the control half: of the points that hold at least {HELD:.0%} of what was learned and have "
+        f"at least {NOTABLE:.0%} of what was lost back, that with most back; without such a point, the largest sum of "
+        "both shares."
     )
 
 

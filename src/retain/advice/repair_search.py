@@ -21,7 +21,7 @@ def neighbours(alphas: Mapping[str, float], group: str, step: float = STEP) -> I
 def coordinates(
     start: Mapping[str, float], worth: Callable[[Alphas], tuple[float, ...]], most: int, step: float = STEP
 ) -> tuple[Alphas, int]:
-    """Group after group takes the better of its neighbours, as long as that is better; at most `most` of them are tried.
+    """Group after group takes a neighbour that is better, until none is; at most `most` points are tried.
 
     A pass over all groups follows the other until one changes nothing. The groups come in their order in `start`.
 
