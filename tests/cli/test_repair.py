@@ -14,8 +14,10 @@ from run_kit import write_lines
 from typed import refused, retain, typed
 
 from retain import measuring
-from retain.advice import repair_distill
+from retain.advice import repair_distill, repair_models
 from retain.advice.repair import Repair
+from retain.advice.repair_moves import Candidate, Grouped
+from retain.models.merge_recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,6 @@ def test_a_full_fine_tune_is_repaired(place, tmp_path, monkeypatch, capsys):
     for name in ("compare.html", "repair.svg", "compare.svg"):
         assert (output / name).stat().st_size > 1000
     assert found.form == "model"
-    base, tuned, made = (weights(folder) for folder in (place / "base", place / "full", output / "model"))
-    alpha = chosen.settings["alpha"]
-    assert chosen.family == "interpolate"
-    for name, tensor in made.items():
-        torch.testing.assert_close(tensor, base[name] + alpha * (tuned[name] - base[name]), rtol=1e-5, atol=1e-6)
     # what was written is what was asked about
     model, tokenizer = measuring.open_model(str(output / "model"))
     probe = measuring.open_probes([str(place / "old.jsonl")])
@@ -87,11 +84,40 @@ def test_an_adapter_stays_one(place, tmp_path, monkeypatch, capsys):
     assert (output / "distilled-2" / "adapter" / "adapter_model.safetensors").is_file()
     chosen = found.point(found.chosen)
     assert chosen.control.lost.value < found.point("tuned").control.lost.value
-    if chosen.family == "interpolate":
-        assert found.form == "adapter"
-        whole, made = (changes(place / "base", folder) for folder in (place / "lora", output / "adapter"))
-        for name, tensor in made.items():
-            torch.testing.assert_close(tensor, chosen.settings["alpha"] * whole[name], rtol=1e-4, atol=2e-6)
+    scaled = chosen.family in ("interpolate", "groups")
+    assert found.form == ("adapter" if scaled else "model")
+    assert (output / found.form / "merge.json").is_file()
+
+
+def test_points_are_written_as_their_formulas_say(place, tmp_path):
+    """Models, and adapters that stay adapters: no model is asked."""
+    base, full = weights(place / "base"), weights(place / "full")
+    both = repair_models.open_both(str(place / "base"), str(place / "full"))
+    halfway = Candidate("half", "interpolate", {}, Recipe("interpolate", (0.5,)), True)
+    assert both.write(halfway, tmp_path / "half", {}) == ("model", 1.0)
+    for name, tensor in weights(tmp_path / "half").items():
+        torch.testing.assert_close(tensor, (base[name] + full[name]) / 2, rtol=1e-6, atol=1e-7)
+    largest = torch.cat([(full[name] - base[name]).abs().flatten() for name in both.names]).sort(descending=True).values
+    kept = Candidate("few", "magnitude", {}, both.magnitude(0.1))
+    both.write(kept, tmp_path / "few", {})
+    least = largest[round(0.1 * len(largest)) - 1]
+    for name, tensor in weights(tmp_path / "few").items():
+        tau = full[name] - base[name]
+        torch.testing.assert_close(tensor, base[name] + tau.where(tau.abs() >= least, 0), rtol=1e-6, atol=1e-7)
+
+    adapted = repair_models.open_both(str(place / "base"), str(place / "lora"))
+    assert adapted.adapted
+    whole = changes(place / "base", place / "lora")
+    alphas = {group: 0.2 + 0.2 * i for i, group in enumerate(dict.fromkeys(adapted.groups.values()))}
+    assert len(alphas) > 2
+    moves = {"half": halfway.move, "groups": Grouped(alphas, adapted.groups)}
+    for name, move in moves.items():
+        written, share = adapted.write(Candidate(name, name, {}, move, True), tmp_path / f"adapter-{name}", {})
+        assert written == "adapter"
+        assert share > 1 - 1e-6
+        for tensor, change in changes(place / "base", tmp_path / f"adapter-{name}").items():
+            alpha = 0.5 if name == "half" else alphas.get(adapted.groups.get(tensor, ""), 0.0)
+            torch.testing.assert_close(change, alpha * whole[tensor], rtol=1e-3, atol=2e-6)
 
 
 def test_nothing_to_repair(place, tmp_path, monkeypatch, capsys):
@@ -111,7 +137,7 @@ def test_nothing_to_repair(place, tmp_path, monkeypatch, capsys):
 def test_mistakes_are_one_line_before_anything_is_asked(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "answers", None)
     output = tmp_path / "out"
-    write_model(tmp_path / "wide", 0, hidden_size=64)
+    write_model(tmp_path / "wide", 0, intermediate_size=48)
     write_model(tmp_path / "gpt2", 0, kind="gpt2")
     bare = shutil.copytree(place / "full", tmp_path / "bare")
     for file in bare.glob("*token*"):

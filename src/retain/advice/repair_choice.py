@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 
 from retain import analysis
 from retain.errors import DataError
-from retain.items import Rows, by_probe, goodness, is_divergence
+from retain.functional import statistics
+from retain.items import Rows, align, by_probe, goodness, is_divergence, sign_of
 from retain.results import Estimate, ProbeInfo
 
 #: A point holds what was learned when it has this share of it, and recovers something with that share of what was lost.
@@ -86,10 +87,13 @@ class Asked:
         # what a point lost of the tuned model's gain is what `compare_runs` makes of a run that began at the tuned one
         kept = analysis.compare_runs(base, tuned, point, old, confidence=self.confidence)
         learned = analysis.compare_runs(tuned, base, point, new, confidence=self.confidence)
-        bound = analysis.compare_runs(base, tuned, point, old, confidence=2 * self.confidence - 1)
+        before, after = by_probe(base), by_probe(point)
+        pairs = [(sign_of(i), align(before[i.name], after[i.name], i)) for i in old]
+        worse = [-sign * pair.difference for sign, pair in pairs]
+        one_sided = statistics.macro_interval(worse, 2 * self.confidence - 1, [pair.weights for _, pair in pairs])
         return Sides(
             lost=kept.lost_b,
-            upper=bound.lost_b.high,
+            upper=one_sided.high,
             learned=learned.saved,
             recovered=_rest(kept.ratio),
             holds=_rest(learned.ratio),
