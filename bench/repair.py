@@ -171,11 +171,17 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         learned = questions(name, given.data, given.work, given.learned_items)
         repaired(name, tuned, learned, given, say)
-    page = given.page.read_text(encoding="utf-8")
-    head, tail = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
-    write(given.page, f"{head}\n\n{text(given.results)}\n\n{tail}")
+        fill(given.page, given.results)
+    fill(given.page, given.results)
     print(f"{given.page}: written.")
     return 0
+
+
+def fill(path: Path, results: Path) -> None:
+    """Write the numbers that are there into the page."""
+    page = path.read_text(encoding="utf-8")
+    head, tail = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
+    write(path, f"{head}\n\n{text(results)}\n\n{tail}")
 
 
 if __name__ == "__main__":

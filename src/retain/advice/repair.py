@@ -160,6 +160,9 @@ class Repairing:
             found = self._searched(points, start)
             candidates.append(found)
             points.append(self._point(found))
+        for found in self._distilled():
+            candidates.append(found)
+            points.append(self._point(found))
         chosen = choose(points, start, self.settings.lose_at_most)
         taken = next((c for c in [TUNED, *candidates] if chosen is not None and c.name == chosen.name), None)
         return self._finish(whole, points, taken)
@@ -217,6 +220,9 @@ class Repairing:
                 yield Candidate(f"intruders-{strength:g}", "intruders", settings, Reduced(found, strength))
         else:
             self._note("no intruder dimensions in any matrix; nothing to reduce.")
+
+    def _distilled(self) -> Iterator[Candidate]:
+        """Last, as it takes longest."""
         from retain.advice.repair_distill import default_steps, distilled
 
         steps = self.settings.train_steps
