@@ -118,8 +118,8 @@ class Repairing:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        infos = [[p.info(role) for p in probes] for role, probes in (("reference", self.kept), ("task", self.learned))]  # type: ignore[arg-type]
-        names = [info.name for part in infos for info in part]
+        old, new = [p.info("reference") for p in self.kept], [p.info("task") for p in self.learned]
+        names = [info.name for info in (*old, *new)]
         for name in names:
             if names.count(name) > 1:
                 raise DataError(
@@ -132,7 +132,7 @@ class Repairing:
                     f"repair: {len(probe.items)} items for '{probe.name}'; at least {least} are needed, as a point is "
                     "chosen on one half and reported on the other. Give more, or raise --limit."
                 )
-        self.asked = Asked(*infos, confidence=self.settings.confidence)
+        self.asked = Asked(old, new, self.settings.confidence)
         self.halves = {half: [_part(p, half) for p in (*self.kept, *self.learned)] for half in HALVES}
         self.notes: list[str] = []
         self.number, self.total = 0, 0
@@ -300,9 +300,8 @@ class Repairing:
                     return form, str(self.folder / form)
                 shutil.rmtree(self.folder / form)  # of the same repair with another budget
         to = self.folder / ("adapter" if self.both.adapted and chosen.scales and not chosen.folder else "model")
-        record = {"method": "repair", "point": chosen.name, "base": self.base, "models": [self.tuned],
-                  "settings": chosen.settings}  # fmt: skip
-        form, share = self.both.write(chosen, to, record)
+        about = {"method": "repair", "point": chosen.name, "base": self.base, "models": [self.tuned]}
+        form, share = self.both.write(chosen, to, about | {"settings": chosen.settings})
         if share < 1 - 1e-6:
             self._note(f"the adapter holds {100 * share:.2f} % of the squared norm of the change.")
         return form, str(to)

@@ -19,7 +19,7 @@ from retain.functional.intruders import Intruders, intruders
 from retain.models.load import load_model, load_tokenizer
 from retain.models.merge_adapters import merge_adapters
 from retain.models.merge_checkpoints import PIECE, merge_checkpoints, merged_pieces, require_alike
-from retain.models.merge_recipe import Recipe, Sharing
+from retain.models.merge_recipe import Recipe
 from retain.models.merge_sources import Model, open_model
 from retain.models.vocabulary import require_same
 from retain.rundir import RunDirectory
@@ -129,7 +129,7 @@ class Both:
         """
         tuned = self._of(candidate)
         if self.adapted and candidate.scales and candidate.folder is None:
-            move: Sharing = candidate.move  # type: ignore[assignment]  (scaling moves are)
+            move: Any = candidate.move  # one that scales is for adapters, too
             kept = merge_adapters(move, [tuned], self.base.checkpoint, to, None, record)
             self.tokenizers[1].save_pretrained(to)
             return "adapter", kept.share

@@ -40,7 +40,7 @@ def shown(found: Repair) -> list[Point]:
 
 
 def _rows(found: Repair) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for point in shown(found):
         side = _reported(point)
         name = f"{point.name} (chosen)" if point.name == found.chosen else point.name
