@@ -24,7 +24,8 @@ def command(
     lose_at_most: Annotated[
         float | None, typer.Option(help="Largest upper bound of the loss, 0.01 is one point; else the best balance.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many items per probe.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each probe of --keep.")] = None,
+    learned_limit: Annotated[int | None, typer.Option(min=4, help="At most this many of --learned.")] = None,
     train_steps: Annotated[
         int | None, typer.Option(help="Steps of self-distillation; by default 16 for a small model, 0 for others.")
     ] = None,
@@ -50,7 +51,7 @@ def command(
     quiet_libraries()
     folder = Path(output or f"runs/{Path(tuned).resolve().name}-repair")
     found, page = carry_out(
-        base, tuned, learned, keep, folder, limit=limit, lose_at_most=lose_at_most, train_steps=train_steps,
+        base, tuned, learned, keep, folder, limit=limit, learned_limit=learned_limit, lose_at_most=lose_at_most, train_steps=train_steps,
         search=search, confidence=confidence, seed=seed, say=quietly(out), watched=partial(probing, out),
     )  # fmt: skip
     out.print(repair_page.sentence(found), style="bold", highlight=False, markup=False)
@@ -71,6 +72,7 @@ def carry_out(
     keep: Sequence[str],
     folder: Path,
     limit: int | None = None,
+    learned_limit: int | None = None,
     say: Callable[[str], None] = print,
     watched: Any = None,
     **settings: Any,
@@ -96,7 +98,7 @@ def carry_out(
     check(chosen)
     measuring.require_models([base, tuned])
     kept = measuring.open_probes(keep, limit, say)
-    new = _learned(learned, tokenizer_of(tuned), limit, say)
+    new = _learned(learned, tokenizer_of(tuned), learned_limit, say)
     work = Repairing(
         base, tuned, kept, new, folder, measuring.answers, watched or (lambda what, total: nullcontext(lambda n: None)),
         chosen, say, "cuda" if torch.cuda.is_available() else "cpu",
