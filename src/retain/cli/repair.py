@@ -50,10 +50,10 @@ def command(
     out = console()
     quiet_libraries()
     folder = Path(output or f"runs/{Path(tuned).resolve().name}-repair")
-    found, page = carry_out(
-        base, tuned, learned, keep, folder, limit=limit, learned_limit=learned_limit, lose_at_most=lose_at_most, train_steps=train_steps,
-        search=search, confidence=confidence, seed=seed, say=quietly(out), watched=partial(probing, out),
-    )  # fmt: skip
+    settings = {"lose_at_most": lose_at_most, "train_steps": train_steps, "search": search}
+    settings |= {"confidence": confidence, "seed": seed}
+    watched, say = partial(probing, out), quietly(out)
+    found, page = carry_out(base, tuned, learned, keep, folder, limit, learned_limit, say, watched, **settings)
     out.print(repair_page.sentence(found), style="bold", highlight=False, markup=False)
     if len(found.points) > 1:
         out.print(repair_page.table(found))
