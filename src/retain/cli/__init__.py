@@ -28,7 +28,7 @@ STOPPED = 130
 #: In the order in which a newcomer needs them; files that are not named here follow.
 _ORDER = [
     *("demo", "run", "plan", "advise", "probe", "retention", "compare", "search", "report", "simulate"),
-    *("experts", "chat", "serve", "merge"),
+    *("experts", "chat", "serve", "merge", "repair"),
     *("methods", "synth", "export", "doctor"),
 ]
 

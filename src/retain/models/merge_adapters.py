@@ -20,7 +20,7 @@ from torch import Tensor
 from retain.errors import ConfigError, ModelError
 from retain.models.load import adapter_base, resolve
 from retain.models.merge_checkpoints import PIECE, Progress, whole_folder
-from retain.models.merge_recipe import Pieces, Recipe
+from retain.models.merge_recipe import Pieces, Sharing
 from retain.models.merge_sources import Factors, Model
 from retain.models.shards import Checkpoint
 
@@ -61,7 +61,7 @@ class _Product:
 
 
 def merge_adapters(
-    recipe: Recipe,
+    recipe: Sharing,
     models: Sequence[Model],
     checkpoint: Checkpoint,
     to: Path,
@@ -109,7 +109,7 @@ def _keys(models: Sequence[Model], name: str) -> tuple[str, str]:
     return next(model.changes[name][0].keys for model in models if name in model.changes)
 
 
-def _merged(recipe: Recipe, changes: Sequence[list[Factors]], name: str, rank: int | None) -> _Product:
+def _merged(recipe: Sharing, changes: Sequence[list[Factors]], name: str, rank: int | None) -> _Product:
     """The merged change of one matrix.
 
     Args:
@@ -152,7 +152,7 @@ def _cut_product(a: Tensor, b: Tensor, scaling: float, rank: int) -> _Product:
     return _of_svd(left @ u, s, vh @ right.T, rank, float(s.square().sum()), a.dtype)
 
 
-def _cut_matrix(recipe: Recipe, changes: Sequence[list[Factors]], name: str, rank: int) -> _Product:
+def _cut_matrix(recipe: Sharing, changes: Sequence[list[Factors]], name: str, rank: int) -> _Product:
     """A change that is no sum of products: written out, merged entry by entry, and cut to a rank."""
     some = next(factors for own in changes for factors in own)
     whole = [_dense(own, some.shape) for own in changes]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retain.errors import ModelError
-from retain.models.merge_recipe import Pieces, Recipe
+from retain.models.merge_recipe import Combining, Pieces
 from retain.models.merge_sources import Model
 from retain.models.shards import Checkpoint, Writer
 from retain.models.vocabulary import require_same
@@ -119,7 +119,7 @@ def _require_one_vocabulary(models: Sequence[Model]) -> None:
 
 
 def merge_checkpoints(
-    recipe: Recipe,
+    recipe: Combining,
     models: Sequence[Model],
     base: Model | None,
     first: Model,
@@ -182,7 +182,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write_shard(
-    recipe: Recipe, models: Sequence[Model], base: Model | None, like: Checkpoint, names: Sequence[str], file: Path
+    recipe: Combining, models: Sequence[Model], base: Model | None, like: Checkpoint, names: Sequence[str], file: Path
 ) -> None:
     with Writer(file, {name: (like.dtype(name), like.shape(name)) for name in names}) as out:
         for name in out.order:
@@ -191,9 +191,15 @@ def _write_shard(
 
 
 def merged_pieces(
-    recipe: Recipe, models: Sequence[Model], base: Model | None, like: Checkpoint, name: str
+    recipe: Combining,
+    models: Sequence[Model],
+    base: Model | None,
+    like: Checkpoint,
+    name: str,
+    exactly: bool = False,
 ) -> Iterator[Tensor]:
-    """One tensor of the merged model, row by row of pieces, in the dtype that it has in `like`."""
+    """One tensor of the merged model, row by row of pieces, in the dtype that it has in `like`; or, `exactly`, as wide
+    as the sums were made."""
     shape, kind = like.shape(name), like.dtype(name)
     if 0 in shape:
         return
@@ -216,7 +222,7 @@ def merged_pieces(
         name, math.prod(shape), spans, [reader(model) for model in models], None if base is None else reader(base)
     )
     for _, piece in recipe.combine(pieces):
-        yield piece.to(kind)
+        yield piece if exactly else piece.to(kind)
 
 
 def _copy_settings(first: Checkpoint, like: Checkpoint, folder: Path) -> None:

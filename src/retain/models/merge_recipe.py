@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,27 @@ class Pieces:
         """τ of all models; the base is read once."""
         start = None if self.start is None else self.start(rows)
         return [read(rows) if start is None else read(rows).sub_(start) for read in self.models]
+
+
+class Combining(Protocol):
+    """What makes one tensor of several models' and their base's."""
+
+    def combine(self, pieces: Pieces) -> Iterator[tuple[slice, Tensor]]:
+        """The tensor, span by span, in the dtype of the pieces."""
+
+
+class Sharing(Combining, Protocol):
+    """The same for adapters."""
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn."""
+
+    def needs_angles(self) -> bool:
+        """Whether the shares depend on the angles between the changes."""
+
+    def shares(self, products: Tensor | None = None) -> list[float] | None:
+        """By what each model's change is multiplied; None where that is not one number for all entries."""
 
 
 @dataclass(frozen=True)
