@@ -104,13 +104,14 @@ def few(work: Path) -> Path:
 
 
 def questions(name: str, data: Path, work: Path, items: int) -> Path:
-    """Test rows of a fine-tune's task, as a file for --learned."""
+    """Test rows of a fine-tune's task, as a file for --learned; only the exact answer counts, as a chat model that talks
+    hits many."""
     study = STUDIES[name]
     lines = (data / study.data / "test.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if study.only is None or row["task"] in study.only["task"]]
     step = max(1, len(rows) // items)
     chosen = [
-        {"prompt": row["prompt"], "response": row["response"], "score": "exact"}  # a chat model that talks hits many
+        {"kind": "answer", "prompt": row["prompt"], "answers": [row["response"]], "score": "exact"}
         for row in rows[::step][:items]
     ]
     path = work / f"{name}-learned.jsonl"
