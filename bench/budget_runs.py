@@ -6,6 +6,7 @@ The control half is what a budget is on; the held half is never shown to it, and
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import time
@@ -72,9 +73,9 @@ class Study:
         return self.results / f"{name}-seed{seed}.json"
 
     def jobs(self, seeds: list[int]) -> Iterator[tuple[str, int]]:
-        """Runs that are not done: of each seed the budgets, then the fixed settings."""
-        for seed in seeds:
-            for name in [*(f"budget-{b:g}" for b in BUDGETS), *(f"fixed-{f:g}" for f in FACTORS)]:
+        """Runs that are not done: the budgets of each seed, then the fixed settings."""
+        for names in ([f"budget-{b:g}" for b in BUDGETS], [f"fixed-{f:g}" for f in FACTORS]):
+            for seed, name in itertools.product(seeds, names):
                 if not self.path(name, seed).is_file():
                     yield name, seed
 

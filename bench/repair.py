@@ -104,8 +104,7 @@ def few(work: Path) -> Path:
 
 
 def questions(name: str, data: Path, work: Path, items: int) -> Path:
-    """Test rows of a fine-tune's task, as a file for --learned; only the exact answer counts, as a chat model that talks
-    hits many."""
+    """Test rows of a fine-tune's task, as a file for --learned. Only the exact answer counts: who talks hits many."""
     study = STUDIES[name]
     lines = (data / study.data / "test.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if study.only is None or row["task"] in study.only["task"]]

@@ -29,7 +29,7 @@ TRAIN: dict[str, Any] = {
 }
 #: Old abilities that show in what the model writes, asked at both ends: half of the time goes into asking.
 OLD = ("core/arithmetic", "core/countries", "core/elements", "core/instructions")
-ROWS, TEST_ROWS, ITEMS = 64, 40, 40
+ROWS, TEST_ROWS, ITEMS = 48, 32, 32
 
 
 @dataclass
