@@ -22,7 +22,7 @@ from matched import Point, interval, plain_loss
 from retention_runs import write
 from scipy.stats import binom
 
-from retain.functional.statistics import Interval
+from retain.functional.statistics import Interval, macro_interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS, WORK = ROOT / "bench" / "results" / "budget", ROOT / "bench" / "out" / "budget"
@@ -68,10 +68,15 @@ def load(results: Path, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]
     return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
-def lost(run: dict[str, Any], half: str) -> np.ndarray:
-    """(items,): before − after; items of short probes count more, so that the mean is the mean over probes."""
+def parts(run: dict[str, Any], half: str) -> list[np.ndarray]:
+    """Before − after of the items of each probe of a half."""
     names = [name for name in run["before"] if name.endswith(f"_{half}")]
-    return _weighted([_digits(run["before"][n]) - _digits(run["after"][n]) for n in names])
+    return [_digits(run["before"][n]) - _digits(run["after"][n]) for n in names]
+
+
+def lost(run: dict[str, Any], half: str) -> np.ndarray:
+    """(items,): the same together; items of short probes count more, so that the mean is the mean over probes."""
+    return _weighted(parts(run, half))
 
 
 def learned(run: dict[str, Any]) -> np.ndarray:
@@ -113,7 +118,7 @@ def page(results: Path, seeds: Sequence[int]) -> str:
     whole = {f: runs for f, runs in fixed.items() if runs}
     every = [(b, run) for b, runs in budgets.items() for run in runs]
     over = [(b, run) for b, run in every if float(lost(run, "held").mean()) > b]
-    surely = [1 for b, run in over if interval(lost(run, "held")[None]).low > b]
+    surely = [1 for b, run in over if macro_interval(parts(run, "held"), CONFIDENCE).low > b]
     most = int(binom.ppf(CONFIDENCE, len(every), 1 - CONFIDENCE))
     allowed = (
         f"Of {len(every)} runs that each break it with a chance of {1 - CONFIDENCE:.0%}, up to {most} do in 95 of 100 "
