@@ -66,7 +66,9 @@ def test_the_front_of_fixed_settings_is_read_at_the_loss_of_the_budget(results):
 def test_the_page_counts_what_is_above_the_budget(results):
     text = budget.page(results, range(3))
     assert "**Held loss above the budget in 2 of 6** runs" in text, "2 of 40 is above 3 points, 3 of 40 not above 10"
-    rows = {line.split("|")[1].strip() if "|" in line else "": line for line in text.partition("## Fixed")[0].splitlines()}
+    rows = {
+        line.split("|")[1].strip() if "|" in line else "": line for line in text.partition("## Fixed")[0].splitlines()
+    }
     assert "| 2 of 3 |" in text
     assert "×1: 37.5" in rows["10"], "the best fixed setting whose mean loss is inside 10 points"
     assert "×4: 10.0" in text, "and inside 3 points"

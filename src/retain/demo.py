@@ -28,7 +28,10 @@ TRAIN: dict[str, Any] = {
     "per_device_train_batch_size": 2,
 }
 #: Old abilities that show in what the model writes, asked at both ends: half of the time goes into asking.
-OLD = ("core/arithmetic", "core/countries", "core/elements", "core/instructions")
+OLD: tuple[Any, ...] = (
+    *("core/arithmetic", "core/countries", "core/elements"),
+    {"data": "core/instructions", "max_tokens": 64},
+)
 ROWS, TEST_ROWS, ITEMS = 48, 32, 32
 
 

@@ -119,7 +119,7 @@ def write_rows(
     filters: Filters | None = None,
     temperature: float = 1.0,
     answer_temperature: float = 0.7,
-    batch: int = 32,
+    batch: int = 128,
     tries: float = 8.0,
     progress: Callable[[int], None] = lambda kept: None,
 ) -> tuple[Dataset, Report]:
@@ -138,7 +138,7 @@ def write_rows(
         filters: what a row must be like.
         temperature: for instructions and plain text; low values make a few topics return over and over.
         answer_temperature: at most 0.7, 0 for greedy: answers are to be the model's usual ones.
-        batch: prompts per call of `write`.
+        batch: most prompts per call of `write`; the first has twice the rows wanted.
         tries: give up after tries · number instructions (at least one batch).
         progress: called after each batch with the number of rows just kept.
 
@@ -166,7 +166,8 @@ def write_rows(
     most = max(batch, int(tries * number))
     while len(rows) < number and report.tried < most:
         missing = number - len(rows)
-        enough = math.ceil(1.3 * missing * report.tried / len(rows)) if rows else batch
+        # as many at once as should be enough: a step of few rows takes nearly as long as one of many
+        enough = math.ceil(1.3 * missing * report.tried / len(rows)) if rows else batch if report.tried else 2 * number
         heads = [first.draw(random) for _ in range(min(batch, most - report.tried, max(enough, 4)))]
         report.tried += len(heads)
         new = writer.batch(heads, [last.draw(random) for _ in heads], sieve)

@@ -230,7 +230,7 @@ class ForgettingBudget(TrainerCallback):
             self.standing = Standing(**records[-1]["standing"])
             return
         self.standing = Standing(dual=self.dual.begin())
-        self.standing.limit = self.standing.allowed(c)
+        self.standing.limit = self.standing.allowed(c, self.control.kinds)
         if self.follow:  # an earlier task may have used some of it
             self.standing.drift = self._drift(model, device)
 
@@ -261,7 +261,7 @@ class ForgettingBudget(TrainerCallback):
             loss = None if point.loss is None else point.loss.value
             new.seen = [*new.seen, (drift, loss, point.nats)]
             new.room = self.control.room(point)
-            new.limit = new.allowed(c)
+            new.limit = new.allowed(c, self.control.kinds)
             record |= {"loss": loss, "upper": point.upper, "nats": point.nats, "upper_nats": point.upper_nats}
         if self._driven:
             new.dual = self.dual.update(new.dual, found, new.limit)  # a jump shows how weak the hold is

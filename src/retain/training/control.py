@@ -71,6 +71,11 @@ class Control:
         """Items of each of those that score between 0 and 1, as far as that is known before they are asked."""
         return [len(p.items) for p in self.kept if not p.info("reference").is_perplexity]
 
+    @property
+    def kinds(self) -> tuple[bool, bool]:
+        """Whether any of them scores between 0 and 1, and whether any is in nats."""
+        return bool(self.sizes), len(self.sizes) < len(self.kept)
+
     def check(self) -> None:
         """Find out whether the budget can be certified, before anything is asked.
 

@@ -34,15 +34,19 @@ class Standing:
     room: tuple[float | None, float | None] = (None, None)
     taken: int = 0
 
-    def allowed(self, settings: BudgetConfig) -> float:
-        """The drift that the budget allows, from what the probes lost so far: the smaller of scores' and nats'."""
+    def allowed(self, settings: BudgetConfig, kinds: tuple[bool, bool]) -> float:
+        """The drift that the budget allows, from what the probes lost so far: the smaller of scores' and nats'.
+
+        Args:
+            kinds: whether any probe scores between 0 and 1, and whether any is in nats.
+        """
         c = settings
         if c.drift is not None:
             return c.drift
         found = []
         for place, (limit, prior) in enumerate(((c.lose_at_most, maths.PRIOR), (c.lose_at_most_nats, _PRIOR_NATS))):
             pairs = [(one[0], lost) for one in self.seen if (lost := one[1 + place]) is not None]
-            if pairs or not self.seen:
+            if pairs or (kinds[place] and not self.seen):
                 found.append(maths.drift_limit(self.room[place] or limit, pairs, prior))
         return min(found)
 
