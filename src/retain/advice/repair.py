@@ -272,6 +272,10 @@ class Repairing:
     def _finish(self, whole: Sides, points: list[Point], chosen: Candidate | None) -> Repair:
         budget, form, place, inside = self.settings.lose_at_most, "", "", None
         start = points[0]
+        if chosen is None or chosen is TUNED:  # of the same repair with another budget
+            for old in ("adapter", "model"):
+                if (self.folder / old / "merge.json").is_file():
+                    shutil.rmtree(self.folder / old)
         if chosen is not None:
             held = next(p for p in points if p.name == chosen.name).held
             inside = None if budget is None or held is None else held.upper <= budget
