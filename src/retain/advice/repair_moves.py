@@ -61,7 +61,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Combining):
     """θ⁰ + α_g τ, g the group of the tensor.
 
     Args:
@@ -87,7 +87,7 @@ class Grouped:
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Combining):
     """θ⁰ + τ where |τ| ≥ least, θ⁰ elsewhere."""
 
     least: Tensor
@@ -110,7 +110,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class Reduced:
+class Reduced(Combining):
     """θ − strength · Σ s u vᵀ over the intruders of a matrix.
 
     Args:

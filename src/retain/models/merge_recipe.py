@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -51,11 +52,23 @@ class Pieces:
         return [read(rows) if start is None else read(rows).sub_(start) for read in self.models]
 
 
+def _wide(stored: Collection[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, stored, torch.float32)
+
+
 class Combining(Protocol):
     """What makes one tensor of several models' and their base's."""
 
     def combine(self, pieces: Pieces) -> Iterator[tuple[slice, Tensor]]:
         """The tensor, span by span, in the dtype of the pieces."""
+
+    def computes_in(self, stored: Collection[torch.dtype]) -> torch.dtype:
+        """The dtype in which pieces are given: float32, or float64 where a model is.
+
+        Args:
+            stored: of the tensors that take part, base and result included.
+        """
+        return _wide(stored)
 
 
 class Sharing(Combining, Protocol):
@@ -102,11 +115,10 @@ class Recipe:
         Args:
             stored: of the tensors that take part, base and result included.
         """
-        wide = torch.float32
-        for kind in stored:
-            wide = torch.promote_types(wide, kind)
         one_lerp = self.method == "linear" and len(self.weights) == 2
-        return next(iter(stored)) if one_lerp and set(stored) in ({torch.float16}, {torch.bfloat16}) else wide
+        if one_lerp and set(stored) in ({torch.float16}, {torch.bfloat16}):
+            return next(iter(stored))
+        return _wide(stored)
 
     def shares(self, products: Tensor | None = None) -> list[float] | None:
         """By what each model's change is multiplied; None where entries are dropped one by one.
