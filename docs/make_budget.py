@@ -107,8 +107,8 @@ def said(bare: Results, replay: Results) -> str:
         "![Held back while training](budget_held.svg)\n\n"
         "The same with old rows mixed in (`replay` at 0.2, `distill` at 1), on a tighter budget:\n\n"
         f"> {second.words} New task: {better}.\n\n"
-        "Both settings were chosen to show what a budget does, one seed each: they compare nothing. Whether budgets\n"
-        "are kept on questions that they never saw is measured in [budget_study.md](budget_study.md)."
+        "Three settings were tried, one seed each; these two were chosen to show what a budget does. They compare\n"
+        "nothing."
     )
 
 

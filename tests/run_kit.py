@@ -111,3 +111,10 @@ def carry_out(folder: Path, output: Path, **changes: Any) -> tuple[Any, list[str
 
     said: list[str] = []
     return run(parse(settings(folder, output, **changes)), said.append), said
+
+
+def in_many_calls(monkeypatch: Any) -> None:
+    """Self-written rows are asked for a few at a time, so that there is something between two calls of the model."""
+    from retain.data.synthesis import write_rows
+
+    monkeypatch.setitem(write_rows.__kwdefaults__, "batch", 32)

@@ -276,3 +276,9 @@ def test_dump_reads_back_as_the_same_configuration():
 def test_mistakes_are_input_errors():
     assert issubclass(ConfigError, RetainError)
     assert ConfigError("x").exit_code == 2
+
+
+def test_a_rate_is_a_number_without_a_point_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("tasks: [a.jsonl]\ntrain: {learning_rate: 2e-4, lr_scheduler_type: cosine}\n")
+    train = read(tmp_path / "run.yaml", ["train.weight_decay=1e-2"]).train
+    assert train == {"learning_rate": 2e-4, "lr_scheduler_type": "cosine", "weight_decay": 1e-2}

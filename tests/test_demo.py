@@ -29,9 +29,10 @@ def test_what_is_asked_is_answered_in_words_at_both_ends(tmp_path):
     assert both["naive"].probes == both["retained"].probes
     asked = both["naive"].probes
     assert asked.between == "tasks"
-    probes = [probe for source in asked.reference for probe in load_probes(source, asked.limit)]
+    sources = [(one, {}) if isinstance(one, str) else (one.data, one.given()) for one in asked.reference]
+    probes = [probe for source, options in sources for probe in load_probes(source, asked.limit, **options)]
     assert {probe.kind for probe in probes} == {"answer", "instruction"}  # what the demo's sentence counts
-    assert sum(len(probe.items) for probe in probes) == 146
+    assert sum(len(probe.items) for probe in probes) == 126
     assert both["retained"].methods == DEFAULT_METHODS
 
 

@@ -118,8 +118,8 @@ def test_a_monitor_and_the_base_of_a_divergence_are_counted(shop, tmp_path):
 
 def test_probes_that_are_asked_at_both_ends_alone_take_less(shop, tmp_path):
     asked = {"reference": [str(shop / "probes.jsonl")]}
-    whole = estimated(shop, tmp_path, ask=True, methods=["none"], probes=asked)
-    ends = estimated(shop, tmp_path, ask=True, methods=["none"], probes=asked | {"between": "tasks"})
+    whole = estimated(shop, tmp_path, ask=True, both=True, methods=["none"], probes=asked)
+    ends = estimated(shop, tmp_path, ask=True, both=True, methods=["none"], probes=asked | {"between": "tasks"})
     twice, between = "asking all probes twice", "asking those of the tasks 1 times between"
     assert list(ends.time)[2:] == [twice, between]
     assert ends.time[twice] == pytest.approx(2 / 3 * whole.time["asking the probes 3 times"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +64,8 @@ PRIVATE_METHODS: list[Any] = [
     for entry in DEFAULT_METHODS
     for name, settings in entry.items()
 ]
+
+_POWER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class RunConfig(Settings):
@@ -133,6 +136,13 @@ class RunConfig(Settings):
         if isinstance(value, bool):
             return {} if value else None
         return {"lose_at_most": value} if isinstance(value, int | float | str) else value
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value  # YAML 1.1 reads 2e-4, which has no point, as text
+        return {k: float(v) if isinstance(v, str) and _POWER.fullmatch(v) else v for k, v in value.items()}
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from run_kit import environment, response_rows, write_lines
+from run_kit import environment, in_many_calls, response_rows, write_lines
 from tiny import tiny_model, tiny_tokenizer
 from typed import retain
 
@@ -159,6 +159,7 @@ def speak(monkeypatch: pytest.MonkeyPatch, **settings) -> list[int]:
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
 def test_a_stop_half_way_loses_nothing(synth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure) -> None:
     """The file is not there until it is whole; the same command goes on, and ends with the same bytes."""
+    in_many_calls(monkeypatch)
     words = ["--number", "60", "--seed", "7"]
     all_draws = speak(monkeypatch)
     assert synth("--out", "whole.jsonl", *words)[0] == 0

@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 from datasets import Dataset
-from run_kit import probe_rows, response_rows, settings, workshop, write_lines
+from run_kit import in_many_calls, probe_rows, response_rows, settings, workshop, write_lines
 from training_kit import rows, train
 
 from retain.config import parse
@@ -80,8 +80,9 @@ def repeats(found, avoid=ITEMS):
 
 
 # -- whole runs --------------------------------------------------------------------------------------------
-def test_a_run_replays_no_item_of_its_probes(quoting, replayed, tmp_path):
+def test_a_run_replays_no_item_of_its_probes(quoting, replayed, tmp_path, monkeypatch):
     """Without old rows; a later task's questions are known when it comes, and its rows then leave those written."""
+    in_many_calls(monkeypatch)
     shop = workshop(tmp_path / "shop")
     write_lines(shop / "which" / "test.jsonl", [{"prompt": LATER, "response": "one"}, *response_rows(3, 100)])
     write_lines(shop / "which" / "train.jsonl", response_rows(18, 50))
@@ -174,6 +175,7 @@ def test_rows_that_other_methods_ask_for(quoting, method, tmp_path):
 
 # -- killed, and begun with other probes -------------------------------------------------------------------
 def test_a_killed_writing_goes_on_to_rows_off_the_items_of_now(tmp_path, monkeypatch):
+    in_many_calls(monkeypatch)
     calls, dies = [], [3]
 
     def speak(model, tokenizer, prompts, limit, temperature, top_p, draw):

@@ -138,7 +138,7 @@ def write_rows(
         filters: what a row must be like.
         temperature: for instructions and plain text; low values make a few topics return over and over.
         answer_temperature: at most 0.7, 0 for greedy: answers are to be the model's usual ones.
-        batch: most prompts per call of `write`; the first has twice the rows wanted.
+        batch: most prompts per call of `write`; the first has twice the rows wanted, 32 at least.
         tries: give up after tries · number instructions (at least one batch).
         progress: called after each batch with the number of rows just kept.
 
@@ -167,7 +167,9 @@ def write_rows(
     while len(rows) < number and report.tried < most:
         missing = number - len(rows)
         # as many at once as should be enough: a step of few rows takes nearly as long as one of many
-        enough = math.ceil(1.3 * missing * report.tried / len(rows)) if rows else batch if report.tried else 2 * number
+        enough = max(32, 2 * number) if not report.tried else batch
+        if rows:
+            enough = math.ceil(1.3 * missing * report.tried / len(rows))
         heads = [first.draw(random) for _ in range(min(batch, most - report.tried, max(enough, 4)))]
         report.tried += len(heads)
         new = writer.batch(heads, [last.draw(random) for _ in heads], sieve)

@@ -38,7 +38,7 @@ class Standing:
         """The drift that the budget allows, from what the probes lost so far: the smaller of scores' and nats'.
 
         Args:
-            kinds: whether any probe scores between 0 and 1, and whether any is in nats.
+            kinds: whether any probe scores between 0 and 1, and whether any is in nats; both limits hold without any.
         """
         c = settings
         if c.drift is not None:
@@ -46,7 +46,7 @@ class Standing:
         found = []
         for place, (limit, prior) in enumerate(((c.lose_at_most, maths.PRIOR), (c.lose_at_most_nats, _PRIOR_NATS))):
             pairs = [(one[0], lost) for one in self.seen if (lost := one[1 + place]) is not None]
-            if pairs or (kinds[place] and not self.seen):
+            if pairs or (not self.seen and (kinds[place] or not any(kinds))):
                 found.append(maths.drift_limit(self.room[place] or limit, pairs, prior))
         return min(found)
 
