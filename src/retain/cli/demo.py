@@ -10,7 +10,7 @@ import typer
 def command(
     output: Annotated[str, typer.Option("--output", help="Folder for both runs.")] = "runs/demo",
     seed: Annotated[int, typer.Option(help="Seed of data, training and replay.")] = 0,
-    rows: Annotated[int | None, typer.Option(help="New rows per task.")] = None,
+    rows: Annotated[int | None, typer.Option(help="New rows per task.", min=8, max=1000)] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier demo in this folder first.")] = False,
 ) -> None:
     """Teach the starter model two small jobs, once plainly and once with the default recipe, and compare."""
