@@ -131,17 +131,18 @@ def measured(store: Store, seeds: Sequence[int], say: Any) -> dict[str, Any]:
 def text(found: dict[str, Any]) -> str:
     """The tables, as Markdown."""
 
-    def shown(numbers: Sequence[float], digits: int = 2) -> str:
-        return f"{numbers[0]:.{digits}f} [{numbers[1]:.{digits}f}, {numbers[2]:.{digits}f}]"
+    def shown(numbers: Sequence[float], digits: int = 2, largest: float = 1.0) -> str:
+        mean, low, high = (f"{max(-largest, min(largest, number)):.{digits}f}" for number in numbers)
+        return f"{mean} [{low}, {high}]" if len(found["seeds"]) > 2 else mean  # two say nothing about a third
 
     rows = [
         (f"{p['steps']:.0%}", f"{p['items']}", f"{p['cost']:.0%}", shown(p["spearman"]), shown(p["kendall"]),
-         p["first"], shown(p["lost"], 1))
+         p["first"], shown(p["lost"], 1, 100))
         for p in found["pilots"]
     ]  # fmt: skip
     other = found["another seed"]
     rows.append(("all, another seed", "48", "100%", shown(other["spearman"]), shown(other["kendall"]), other["first"],
-                 shown(other["lost"], 1)))  # fmt: skip
+                 shown(other["lost"], 1, 100)))  # fmt: skip
     head = ("steps of the pilot", "items of each family", "time", "Spearman", "Kendall", "same winner",
             "points of balance lost")  # fmt: skip
     best = sorted(found["recipes"].items(), key=lambda pair: -pair[1]["balance"])

@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: what is in the run directory, for every form of data and way of training."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -98,9 +99,10 @@ def test_a_finished_run_is_left_alone(shop, finished):
     assert again.training == results.training
 
 
-def test_a_run_killed_in_its_second_task_has_a_report_of_the_first(shop, tmp_path, monkeypatch):
-    alone, _ = carry_out(shop, tmp_path / "alone", tasks=[str(shop / "count")])
-    train, said = _Runner._train, []
+@contextmanager
+def killed_in_the_second_task(monkeypatch):
+    """A run that ends when it begins to learn its second task."""
+    train = _Runner._train
 
     def killed(self, index, task, stage):
         if index == 2:
@@ -109,8 +111,14 @@ def test_a_run_killed_in_its_second_task_has_a_report_of_the_first(shop, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(_Runner, "_train", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(parse(settings(shop, tmp_path / "run")), said.append)
+        yield pytest.raises(KeyboardInterrupt)
+
+
+def test_a_run_killed_in_its_second_task_has_a_report_of_the_first(shop, tmp_path, monkeypatch):
+    alone, _ = carry_out(shop, tmp_path / "alone", tasks=[str(shop / "count")])
+    said = []
+    with killed_in_the_second_task(monkeypatch) as dies, dies:
+        run(parse(settings(shop, tmp_path / "run")), said.append)
     sofar = load_results(tmp_path / "run")
     assert not sofar.finished
     assert sofar.ahead == ["which"]
@@ -139,17 +147,8 @@ def test_old_abilities_can_be_asked_at_both_ends_alone(shop, finished, tmp_path,
     _, whole = finished
     methods = [{"lora": {"r": 4}}, {"replay": {"fraction": 0.25}}, "distill"]
     ends = {"reference": [str(shop / "probes.jsonl")], "between": "tasks"}
-    train = _Runner._train
-
-    def killed(self, index, task, stage):
-        if index == 2:
-            raise KeyboardInterrupt
-        train(self, index, task, stage)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_Runner, "_train", killed)
-        with pytest.raises(KeyboardInterrupt):
-            carry_out(shop, tmp_path, methods=methods, probes=ends)
+    with killed_in_the_second_task(monkeypatch) as dies, dies:
+        carry_out(shop, tmp_path, methods=methods, probes=ends)
     sofar = load_results(tmp_path)
     assert {change.probe for change in sofar.changes} == {"count"}
     assert (sofar.verdict, sofar.group_deltas, sofar.drift) == (None, {}, {})

@@ -153,7 +153,7 @@ def test_templates(tokenizer):
         template_check(marked, "assistant")
 
 
-def test_lengths_are_those_of_training(tokenizer):
+def test_lengths_are_those_of_training(tokenizer, tmp_path):
     """Against TRL's own preparation of the same rows: one token sequence per row, not cut."""
     import tiny
     from trl import SFTConfig, SFTTrainer
@@ -162,7 +162,7 @@ def test_lengths_are_those_of_training(tokenizer):
     made = to_chat(Dataset.from_list(rows), "f")
     texts = to_chat(Dataset.from_list([{"text": "word " * n} for n in (1, 5, 20)]), "f")
     for data in (made, texts):
-        arguments = SFTConfig(output_dir="unused", max_length=None, report_to=[], use_cpu=True)
+        arguments = SFTConfig(output_dir=str(tmp_path), max_length=None, report_to=[], use_cpu=True)
         trainer = SFTTrainer(tiny.tiny_model(tokenizer), arguments, train_dataset=data, processing_class=tokenizer)
         expected = [len(ids) for ids in trainer.train_dataset["input_ids"]]
         lengths = row_lengths(data, tokenizer)
