@@ -72,7 +72,7 @@ def run(folder: Path, methods: list[Any], limit: float) -> Results:
     _lines(folder / "old.jsonl", questions)
     taught = ({"prompt": p, "response": r} for p, r in small_world.lessons("B", TAUGHT, 0))
     _lines(folder / "prices" / "train.jsonl", taught)
-    anchors = [" ".join(row) for row in small_world.lessons("A", 128, 2)]
+    anchors = [f"<user> {p} <end> <answer> {r} <end>" for p, r in small_world.lessons("A", 128, 2)]
     write_text(folder / "anchors.txt", "\n\n".join(anchors) + "\n")
     _lines(folder / "replay.jsonl", ({"prompt": p, "response": r} for p, r in small_world.lessons("A", 96, 1)))
     train = {"max_steps": STEPS, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "use_cpu": True}

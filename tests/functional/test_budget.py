@@ -278,12 +278,22 @@ def test_begins_inside_its_bounds():
 # -- from points to nats ------------------------------------------------------------------------------------
 def test_the_drift_that_is_allowed():
     assert drift_limit(0.02) == pytest.approx(0.02 / budget.PRIOR)
-    seen = [(0.5, 0.05), (1.0, 0.1), (0.7, 0.07)]  # a tenth per nat, at drifts that tell much
+    seen = [(0.5, 0.05, 0.0), (1.0, 0.1, 0.0), (0.7, 0.07, 0.0)]  # a tenth per nat, at drifts that tell much
     assert drift_limit(0.02, seen) == pytest.approx(0.2, rel=0.01)
-    assert drift_limit(0.02, [(0.04, 0.02)]) == pytest.approx(0.04)  # what the prior says
-    assert drift_limit(0.02, [(0.001, 0.9)]) > 0.035  # a look at hardly any drift says little
-    assert drift_limit(0.02, [(5.0, -0.3)]) == pytest.approx(0.4, rel=0.01)  # a gain: at most ten times the prior
+    assert drift_limit(0.02, [(0.04, 0.02, 0.0)]) == pytest.approx(0.04)  # what the prior says
+    assert drift_limit(0.02, [(0.001, 0.9, 0.01)]) > 0.035  # a look at hardly any drift says little, unless it is sure
+    assert drift_limit(0.02, [(5.0, -0.3, -0.4)]) == pytest.approx(0.4, rel=0.01)  # a gain: ten times the prior at most
     assert drift_limit(0.04, seen) > drift_limit(0.02, seen)
+
+
+def test_a_look_that_surely_lost_too_much_lowers_the_limit_below_its_drift():
+    """However little the drift was: the texts may not show what is being lost."""
+    sure = (0.0006, 0.42, 0.36)
+    assert drift_limit(0.03, [sure]) == pytest.approx(0.0006 * 0.03 / 0.36)
+    assert drift_limit(0.03, [sure, (0.0004, 0.3, 0.25)]) == pytest.approx(0.0004 * 0.03 / 0.25)  # the lowest
+    assert drift_limit(0.03, [sure, (0.0004, 0.02, -0.01)]) == pytest.approx(0.03 / budget.PRIOR, rel=0.01)  # disproved
+    assert drift_limit(0.03, [sure, (0.00001, 0.0, -0.02)]) == pytest.approx(0.0006 * 0.03 / 0.36)  # says nothing
+    assert drift_limit(0.03, [sure, (0.0004, 0.05, -0.01)]) == pytest.approx(0.0006 * 0.03 / 0.36)
 
 
 # -- the search ---------------------------------------------------------------------------------------------

@@ -120,6 +120,20 @@ def test_one_factor_follows_the_drift(probes, tmp_path):
     assert one.budget.standing.taken > 0
 
 
+def test_nothing_is_loosened_before_the_probes_were_asked(probes, tmp_path):
+    """The first limit is a guess: in a world in which it was far too high, all had been lost by the first look."""
+    given = {"steps": 8, "learning_rate": 1e-5}
+    team = [Distill(rows="all", strength=0.1)]
+    train(team, tmp_path / "asked", budget=budget(probes, 0.9, 0.9, calibrate=1), **given)
+    found = records(tmp_path / "asked" / "budget.jsonl")
+    asked = next(i for i, record in enumerate(found) if "upper" in record)
+    assert asked > 0
+    assert {r["factor"] for r in found[:asked]} == {1.0}
+    assert found[-1]["factor"] < 1
+    train([Distill(rows="all", strength=0.1)], tmp_path / "never", budget=budget(probes, calibrate=0), **given)
+    assert records(tmp_path / "never" / "budget.jsonl")[0]["factor"] < 1  # there never will be any other
+
+
 def test_jumps_are_taken_back_to_what_is_allowed(probes, tmp_path):
     made = train(
         [Distill(rows="all", strength=1e-3)], tmp_path, steps=1, learning_rate=2e-2,
@@ -130,6 +144,18 @@ def test_jumps_are_taken_back_to_what_is_allowed(probes, tmp_path):
     assert record["rose_to"] > record["drift"]
     assert record["drift"] == pytest.approx(0.01, rel=0.2)  # the drift grows with the square of the way
     assert made.budget.standing.taken == 1
+
+
+def test_a_limit_far_below_the_drift_does_not_stop_the_training(probes, tmp_path):
+    """A leap is large for what there is, too; else a model that is once above a low limit could not move again."""
+    made = train(
+        [Distill(rows="all", strength=1e-3)], tmp_path, steps=6, learning_rate=2e-2,
+        budget=budget(probes, drift=1e-6, every=1, jump=1e3),
+    )  # fmt: skip
+    found = records(tmp_path / "budget.jsonl")
+    assert found[0]["taken_back"] > 0.5
+    assert [r["taken_back"] for r in found[2:]] == [None] * 4
+    assert made.budget.standing.taken <= 2
 
 
 def test_the_probes_set_the_limit_right(probes, tmp_path):

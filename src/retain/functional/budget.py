@@ -232,12 +232,17 @@ class Dual(NamedTuple):
         return {"factor": min(max(factor, self.least), self.most), "drift": smooth}
 
 
-def drift_limit(limit: float, seen: Sequence[tuple[float, float]] = (), prior: float = PRIOR) -> float:
+def drift_limit(limit: float, seen: Sequence[tuple[float, float, float]] = (), prior: float = PRIOR) -> float:
     """To what drift a loss of `limit` corresponds.
 
     Near the base both grow with the square of the distance, so loss ≈ c · drift. c is the mean of what the looks say
     (loss / drift), weighted by drift² as in least squares through the origin, together with the prior, which counts as
-    much as one look at the drift that it allows. A look outside 1/10 to 10 times the prior counts as at that end.
+    much as one look at the drift that it allows. A look outside 1/10 to 10 times the prior counts as at that end: at a
+    small drift loss / drift is mostly luck.
+
+    Where more than the limit was surely lost, it is not luck, and the drift of these texts misses what is being lost.
+    Then the limit is at most that look's drift · limit / (what was surely lost), whatever the mean says, until a later
+    look finds a larger drift than that with no more lost than the limit.
 
     The prior: a nat per token takes the likelihood of a right answer down to e⁻¹ of itself, on average in the
     logarithm, and a score that is about one half in the mean falls by about half of a small drift: c = 0.5. For
@@ -245,13 +250,20 @@ def drift_limit(limit: float, seen: Sequence[tuple[float, float]] = (), prior: f
 
     Args:
         limit: loss of score, or in nats per token.
-        seen: pairs (drift, loss) of looks at the probes.
+        seen: (drift, loss, what was lost at least: the lower end of its interval) of looks at the probes, in order.
         prior: c before any look.
     """
     own = limit / prior
-    told = [(drift, min(max(loss / drift, prior / _FURTHEST), prior * _FURTHEST)) for drift, loss in seen if drift > 0]
+    least, most = prior / _FURTHEST, prior * _FURTHEST
+    told = [(drift, min(max(loss / drift, least), most)) for drift, loss, _ in seen if drift > 0]
     weights = own**2 + sum(drift**2 for drift, _ in told)
-    return limit * weights / (own**2 * prior + sum(drift**2 * cost for drift, cost in told))
+    sure = math.inf
+    for drift, loss, lost in seen:
+        if lost > limit:
+            sure = min(sure, drift * limit / lost)
+        elif loss <= limit and drift > sure:
+            sure = math.inf
+    return min(sure, limit * weights / (own**2 * prior + sum(drift**2 * cost for drift, cost in told)))
 
 
 class Point(Protocol):

@@ -174,7 +174,8 @@ class ForgettingBudget(TrainerCallback):
         drift, back = 0.0, None
         if main:
             drift = self._drift(inner, args.device)
-            rise, allowed = drift - self.standing.drift, c.jump * self.standing.limit
+            # a leap is large for the limit and for what there is: pressing down what is too much is the factor's work
+            rise, allowed = drift - self.standing.drift, c.jump * max(self.standing.limit, self.standing.drift)
             back = math.sqrt(allowed / rise) if self._driven and rise > allowed else None
         back = hosts.from_main(back)
         if back is not None:
@@ -259,12 +260,17 @@ class ForgettingBudget(TrainerCallback):
             rows = self.control.ask(model, self.tokenizer, args.device, self.control.kept)
             point, _ = self.control.point(1.0, rows)
             loss = None if point.loss is None else point.loss.value
-            new.seen = [*new.seen, (drift, loss, point.nats)]
+            scores = None if point.loss is None else (point.loss.value, point.loss.low)
+            nats = None if point.nats is None else (point.nats, point.nats)
+            new.seen = [*new.seen, (drift, scores, nats)]
             new.room = self.control.room(point)
             new.limit = new.allowed(c, self.control.kinds)
             record |= {"loss": loss, "upper": point.upper, "nats": point.nats, "upper_nats": point.upper_nats}
         if self._driven:
-            new.dual = self.dual.update(new.dual, found, new.limit)  # a jump shows how weak the hold is
+            known = new.seen or c.drift is not None or not c.calibrate
+            # nothing is loosened on a guess: until the probes were asked, the limit is one
+            dual = self.dual if known else self.dual._replace(least=max(self.dual.least, min(1.0, self.dual.most)))
+            new.dual = dual.update(new.dual, found, new.limit)  # a jump shows how weak the hold is
         new.step, new.drift, new.taken = step, drift, new.taken + (back is not None)
         record |= {"limit": new.limit, "factor": new.dual["factor"], "taken_back": None if back is None else 1 - back}
         record |= {} if back is None else {"rose_to": found}

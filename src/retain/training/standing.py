@@ -9,6 +9,8 @@ from typing import Any
 from retain.config import BudgetConfig
 from retain.functional import budget as maths
 
+Lost = tuple[float, float]  # in the mean, and at least
+
 _PRIOR_NATS = 1.0  # nats of perplexity per nat of drift: the same on texts that the base wrote
 
 
@@ -21,7 +23,7 @@ class Standing:
         drift: seen then, in nats per token.
         limit: which it is held to.
         dual: state of the factor.
-        seen: of every look at the probes (drift, loss or None, loss in nats or None).
+        seen: of every look at the probes: drift, loss and its lower end of scores, and of nats; None without such.
         room: what the mean loss may be so that its bound is inside, of scores and in nats; None before any look.
         taken: jumps that were taken back in part.
     """
@@ -30,7 +32,7 @@ class Standing:
     drift: float = 0.0
     limit: float = 0.0
     dual: dict[str, Any] = field(default_factory=dict)
-    seen: list[tuple[float, float | None, float | None]] = field(default_factory=list)
+    seen: list[tuple[float, Lost | None, Lost | None]] = field(default_factory=list)
     room: tuple[float | None, float | None] = (None, None)
     taken: int = 0
 
@@ -45,9 +47,10 @@ class Standing:
             return c.drift
         found = []
         for place, (limit, prior) in enumerate(((c.lose_at_most, maths.PRIOR), (c.lose_at_most_nats, _PRIOR_NATS))):
-            pairs = [(one[0], lost) for one in self.seen if (lost := one[1 + place]) is not None]
-            if pairs or (not self.seen and (kinds[place] or not any(kinds))):
-                found.append(maths.drift_limit(self.room[place] or limit, pairs, prior))
+            looks = [(drift, (scores, nats)[place]) for drift, scores, nats in self.seen]
+            told = [(drift, lost[0], lost[1]) for drift, lost in looks if lost is not None]
+            if told or (not self.seen and (kinds[place] or not any(kinds))):
+                found.append(maths.drift_limit(self.room[place] or limit, told, prior))
         return min(found)
 
 
