@@ -26,11 +26,11 @@ from retain.rundir import BASE, RunDirectory
 FAMILIES = ("calendar_arithmetic", "count_bits", "gcd", "letter_counting", "number_sequence", "syllogism")
 TASK, HALVES = "reasoning", ("control", "held")
 BUDGETS = (0.03, 0.06, 0.1, 0.15)
-FACTORS = (0.0, 0.25, 1.0, 4.0)  # of the fixed settings, on the strength that a budget begins with
+FACTORS = (0.0, 0.5, 1.0, 4.0)  # of the fixed settings, on the strength that a budget begins with
 SHARE, STRENGTH = 0.1, 0.1  # of replayed rows; of distillation
 _TRAIN: dict[str, Any] = {
     "per_device_train_batch_size": 4,
-    "max_steps": 24,
+    "max_steps": 20,
     "learning_rate": 1e-3,
     "max_length": 128,
     "save_strategy": "no",
@@ -109,7 +109,7 @@ class Study:
         }
         if kind == "budget":
             on = {"lose_at_most": float(number), "on": [str(self._half("control"))]}
-            values["budget"] = {"every": 4, "anchor_count": 64, "calibrate": 1, "tries": 5} | on | self.budget
+            values["budget"] = {"every": 5, "anchor_count": 48, "calibrate": 1, "tries": 5} | on | self.budget
         return parse(values, name)
 
     def _rows(self) -> Path:

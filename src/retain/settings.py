@@ -223,10 +223,11 @@ class BudgetConfig(Settings):
     every: int = Field(10, ge=1)
     """Optimizer steps from one look at the drift to the next."""
     anchors: str | None = None
-    """Texts on which the drift (divergence from the base) is taken, as in `monitor.anchors`."""
+    """Texts on which the drift (divergence from the base) is taken, as in `monitor.anchors`; of the core suite, as
+    chats if the model has a template, when not given."""
     anchor_count: int = Field(256, ge=2)
     """At most this many texts."""
-    anchor_tokens: int = Field(64, ge=2)
+    anchor_tokens: int = Field(96, ge=2)
     """At most this many tokens of each."""
     drift: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Largest drift to train to, in nats per token. Not given: from `lose_at_most`, set right by asking the probes."""

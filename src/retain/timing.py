@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain.inputs import budget_probes
 from retain.probes.base import Probe
+from retain.training.budget import drift_looker
 from retain.training.monitor import ForgettingMonitor
 from retain.training.rehearsal import Batch
 from retain.workload import Questions, TaskWork, questions, said_by_base, watching
@@ -79,10 +80,7 @@ def budgeted(
         kept: probes that it is on.
         own: probes of each task, asked at the chosen share and at the end.
     """
-    anchors = ForgettingMonitor(
-        probes=[], anchors=c.anchors, anchor_count=c.anchor_count, anchor_tokens=c.anchor_tokens
-    ).with_tokenizer(tokenizer)
-    drift = Questions(sum(map(len, anchors.rows)), [])
+    drift = Questions(sum(map(len, drift_looker(c, tokenizer).rows)), [])
     # the base reads the anchors twice, a later task begins with a look, and the last step has one
     looks = 2 + len(work) - 1 + sum(-(-task.steps // c.every) for task in work)
     asked = sum(min(c.calibrate, max(0, (task.steps - 1) // c.every)) for task in work)

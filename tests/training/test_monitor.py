@@ -158,6 +158,12 @@ def test_anchors_of_the_core_suite_are_the_same_every_time():
     texts = looks_module.anchor_texts(40)
     assert texts == looks_module.anchor_texts(40) == looks_module.anchor_texts(128)[:40]
     assert len(set(texts)) == 40
+    chats = looks_module.anchor_texts(40, tokenizer=tiny_tokenizer())
+    turned = [(plain, chat) for plain, chat in zip(texts, chats) if plain != chat]
+    assert 0 < len(turned) < 40  # sentences and passages stay as they are
+    for plain, chat in turned:
+        question, _, answer = plain.rpartition("\n")
+        assert chat.startswith("<|im_start|>user") and question in chat and answer in chat  # the tiny template's form
 
 
 # -- going on ---------------------------------------------------------------------------------------------

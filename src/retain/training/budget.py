@@ -51,7 +51,8 @@ class ForgettingBudget(TrainerCallback):
         on: what must be kept: suites, files, folders, or `Probe` objects; `core` when not given.
         tasks: probes of what is being learned, in the same forms.
         before: item rows of the base for all these probes; asked when training begins if not given.
-        anchors: texts on which the drift is taken, or a file of them as in the setting `anchors`.
+        anchors: texts on which the drift is taken, or a file of them as in the setting `anchors`; of the core suite, as
+            chats if the model has a template, when not given.
         folder: for the baseline and the outcome; `<output_dir>/budget` when not given.
         log: the JSON Lines file; `<output_dir>/budget.jsonl` when not given.
         task: name that its records carry.
@@ -103,9 +104,7 @@ class ForgettingBudget(TrainerCallback):
         self.control = Control(
             _loaded((c.on or ["core"]) if given is None else given), _loaded(tasks), c, before, precision
         )
-        if anchors is None or isinstance(anchors, str):
-            anchors = list(load_texts(c.anchors)["text"] if c.anchors else anchor_texts(c.anchor_count))
-        self.texts = list(anchors)[: c.anchor_count]
+        self.texts = _texts(c) if anchors is None or isinstance(anchors, str) else list(anchors)
         self._places = (folder, log)
         self.task, self.follow, self.tokenizer, self.settles = task, follow, tokenizer, settle
         self.say = say or logger.warning
@@ -213,7 +212,7 @@ class ForgettingBudget(TrainerCallback):
         forget(self.log, lambda r: r.get("kind") == "budget" and r.get("task") == self.task and r["step"] > step)
         if step == 0:
             forget(self.log, lambda r: r.get("kind") == "budget" and r.get("task") == self.task)
-        self.looker = Looker(self.texts, [], [], self.tokenizer, c.anchor_tokens, c.confidence, where="budget")
+        self.looker = drift_looker(c, self.tokenizer, self.texts)
         kept = Baseline.load(self.folder) if step or self.follow else None
         if kept is None and step:
             raise RunError(f"{self.folder}: no baseline of the budget to go on with. Begin the training anew.")
@@ -294,6 +293,17 @@ class ForgettingBudget(TrainerCallback):
     def driven(self) -> list[str]:
         """The methods whose strength or share follows the drift."""
         return list(self._driven)
+
+
+def drift_looker(settings: BudgetConfig, tokenizer: Any, texts: Sequence[str] | None = None) -> Looker:
+    """What takes the drift: on these texts, or those that the settings name."""
+    c = settings
+    texts = texts or _texts(c) or anchor_texts(c.anchor_count, tokenizer=tokenizer)
+    return Looker(texts[: c.anchor_count], [], [], tokenizer, c.anchor_tokens, c.confidence, where="budget")
+
+
+def _texts(settings: BudgetConfig) -> list[str] | None:
+    return list(load_texts(settings.anchors)["text"]) if settings.anchors else None
 
 
 def _loaded(sources: Sequence[Source] | Source) -> list[Probe]:

@@ -24,6 +24,7 @@ from retain.functional import outputs, statistics
 from retain.functional.divergence import tail_kl
 from retain.functional.tiled_head import Head, log_probs
 from retain.models import params, passes
+from retain.models.generation import has_chat_template
 from retain.models.likelihood import encode
 from retain.models.rows import looking
 from retain.probes.asking import ask
@@ -54,19 +55,26 @@ def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def anchor_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts of the core suite, the same at every call: questions with their right answer, sentences, passages."""
-    found = [(item.id, _text(item)) for probe in load_probes("core") for item in probe.items]
-    ranked = sorted(found, key=lambda one: hashlib.sha256(f"{seed}:{one[0]}".encode()).digest())
-    return [text for _, text in ranked[:count]]
+def anchor_texts(count: int, seed: int = 0, tokenizer: Any = None) -> list[str]:
+    """Texts of the core suite, the same at every call: questions with their right answer, sentences, passages.
+
+    With a tokenizer that has a chat template, the questions and answers are turns of a chat: the form in which such a
+    model is trained and asked. Written out plainly they move much less (a tenth, on a model that had lost 19 points).
+    """
+    items = {item.id: item for probe in load_probes("core") for item in probe.items}
+    ranked = sorted(items, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return [_text(items[name], tokenizer) for name in ranked[:count]]
 
 
-def _text(item: Item) -> str:
+def _text(item: Item, tokenizer: Any) -> str:
     f = item.fields
     if "prompt" not in f:
         return str(f.get("text") or f["good"])
     answer = f["choices"][f["answer"]] if "choices" in f else (f.get("answers") or [""])[0]
-    return f"{f['prompt']}\n{answer}".strip()
+    if tokenizer is None or not has_chat_template(tokenizer):
+        return f"{f['prompt']}\n{answer}".strip()
+    turns = [{"role": "user", "content": f["prompt"]}, {"role": "assistant", "content": answer}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
 
 @dataclass
