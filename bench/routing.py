@@ -1,7 +1,8 @@
 """Which router finds the right expert, how sure it is, and what that costs: docs/routing.md.
 
     python bench/routing.py --data DATA    # measure, and write the page
-    python bench/routing.py --data DATA --experts 150    # also `likelihood`, with six experts of so many steps
+    python bench/routing.py --data DATA --experts 30    # also `likelihood`, with six experts of so many steps
+    python bench/routing.py --data DATA --experts 30 --add    # it alone; the others' numbers stay
     python bench/routing.py                # the page from the numbers that are there
 
 DATA is a folder with data sets (reasoning_gym, chinese_idioms, chinese_poetry, trivia_history, medmcqa,
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--depths", type=float, nargs="*", default=DEPTHS)
     parser.add_argument("--states", type=Path, default=ROOT / "bench" / "out" / "routing")  # a file per model
     parser.add_argument("--experts", type=int, metavar="STEPS", help="train and keep six experts, for `likelihood`")
+    parser.add_argument("--add", action="store_true", help="measure `likelihood` alone, beside the numbers in --out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "routing.md")
     given = parser.parse_args(argv)
@@ -168,6 +170,8 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     near, plain = near_prompts(), read(given.data, given.fit, given.held, given.nobody)
     bare = Questions(**{**vars(plain), "fit": stripped(plain.fit), "held": stripped(plain.held)})
     store = Store(model, tokenizer, given.states / f"{Path(given.model).name}.safetensors", say)
+    if given.add:
+        return beside(json.loads(given.out.read_text(encoding="utf-8")), given, model, tokenizer, plain, near, say)
     kinds: dict[str, Callable[[], Router]] = {
         "keyword": Keyword,
         "prototype": lambda: Prototype(store.reader(DEPTH)),
@@ -183,26 +187,19 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
             "without": measure(make().fit(bare.fit, bare.nobody), bare, near),
         }
         say(f"{name}: {found[name]['given']['all']}")
-    scorer = None
+    likelihood = None
     if given.experts:
-        folder = given.states / f"experts-{Path(given.model).name}-{given.experts}"
-        library = trained(given.data, given.model, given.experts, folder, say)
-        own, _ = load_model(given.model, tokenizer=False)  # the other stays as it is: its answers are timed
-        scorer = pool_scorer(AdapterPool(own.eval().requires_grad_(False), library), tokenizer)
-        likelihood = Likelihood(Scores(scorer, folder / "scores.json", say)).fit(plain.fit, plain.nobody)
-        found["likelihood"] = {"given": measure(likelihood, plain, near)}
-        say(f"likelihood: {found['likelihood']['given']['all']}")
+        likelihood, found["likelihood"] = by_likelihood(given, tokenizer, plain, near, say)
     trial, depths = read(given.data, given.fit, given.held, given.nobody, trial=True), {}
     for depth in sorted(given.depths):
         router = Combined(store.reader(depth)).fit(trial.fit, trial.nobody)
         depths[StateReader(model, tokenizer, depth).layers] = measure(router, trial, near)
-    mixed = [texts[i] for i in range(given.timed) for texts in [*plain.held.values(), plain.core]][: given.timed]
+    mixed = mixture(given, plain)
     live: dict[str, Router] = {"keyword": Keyword().fit(plain.fit, plain.nobody)}
     for name, kind in (("prototype", Prototype), ("gate", Gate), ("combined", Combined)):
         live[name] = kind(store.reader(DEPTH)).fit(plain.fit, plain.nobody)
         live[name].reader = StateReader(model, tokenizer, DEPTH)  # type: ignore[attr-defined]
-    if scorer is not None:
-        likelihood.scorer = scorer
+    if likelihood is not None:
         live["likelihood"] = likelihood
     with Company() as company:
         seconds = timed(live, model, tokenizer, mixed)
@@ -217,11 +214,66 @@ def carry_out(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str
             "timed": given.timed,
             "tokens": TOKENS,
         }
-        | ({"steps": given.experts, "batch": BATCH, "rank": RANK} if given.experts else {}),
+        | trained_how(given),
         "routers": found,
         "depths": depths,
         "seconds": seconds | {"others": company.share},
     }
+
+
+def by_likelihood(
+    given: argparse.Namespace, tokenizer: Any, asked: Questions, near: set[str], say: Callable[[str], None]
+) -> tuple[Likelihood, dict[str, Any]]:
+    """The router with its experts, which are trained if they are not there, and what it got right."""
+    from retain.models.load import load_model
+
+    folder = given.states / f"experts-{Path(given.model).name}-{given.experts}"
+    library = trained(given.data, given.model, given.experts, folder, say)
+    own, _ = load_model(given.model, tokenizer=False)  # the other stays as it is: its answers are timed
+    scorer = pool_scorer(AdapterPool(own.eval().requires_grad_(False), library), tokenizer)
+    router = Likelihood(Scores(scorer, folder / "scores.json", say)).fit(asked.fit, asked.nobody)
+    found = {"given": measure(router, asked, near)}
+    say(f"likelihood: {found['given']['all']}")
+    router.scorer = scorer  # from here on nothing is looked up
+    return router, found
+
+
+def beside(
+    before: dict[str, Any],
+    given: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    asked: Questions,
+    near: set[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Numbers that are there, with those of `likelihood`; its time is taken beside answers of its own.
+
+    Raises:
+        ValueError: the others were asked other questions.
+    """
+    sizes = {"fit": given.fit, "held": given.held, "nobody": len(asked.nobody)}
+    if sizes != {key: before["sizes"][key] for key in sizes}:
+        raise ValueError(f"the numbers that are there have other sizes than {sizes}; measure all, without --add")
+    router, found = by_likelihood(given, tokenizer, asked, near, say)
+    with Company() as company:
+        seconds = timed({"likelihood": router}, model, tokenizer, mixture(given, asked))
+    own = seconds["likelihood"] | {"answer": seconds["answer"]["sum"], "others": company.share}
+    return before | {
+        "routers": before["routers"] | {"likelihood": found},
+        "sizes": before["sizes"] | trained_how(given),
+        "seconds": before["seconds"] | {"likelihood": own},
+    }
+
+
+def mixture(given: argparse.Namespace, asked: Questions) -> list[str]:
+    """Questions of all kinds in turn, for timing."""
+    return [texts[i] for i in range(given.timed) for texts in [*asked.held.values(), asked.core]][: given.timed]
+
+
+def trained_how(given: argparse.Namespace) -> dict[str, int]:
+    """Of the experts, for the page."""
+    return {"steps": given.experts, "batch": BATCH, "rank": RANK} if given.experts else {}
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ experts, and reads a question once with each of them and once with the base."""
 _MEASURED = """`likelihood` needs trained
 experts, and reads a question once with each of them and once with the base. Here they are LoRA adapters of rank {rank},
 trained for {steps} steps of {batch} rows on the training file of their domain, questions included: an expert that
-learned answers alone says less about questions."""
+learned answers alone says less about questions.{apart}"""
+_APART = """ It was timed by itself, beside answers of its own,
+while other programs used {others:.0%} of the machine."""
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -84,6 +86,8 @@ def page(results: Mapping[str, Any]) -> str:
     given = {name: one["given"] for name, one in routers.items()}
     best = given[DEFAULT]
     met = best["all"][0] >= 0.95 and _of_answer(seconds, DEFAULT) < 0.10
+    alone = seconds.get("likelihood", {})
+    apart = _APART.format(others=alone["others"]) if "others" in alone else ""
     return _TEXT.format(
         **results["about"],
         **{key: sizes[key] for key in ("fit", "nobody", "timed", "tokens", "layers")},
@@ -93,7 +97,7 @@ def page(results: Mapping[str, Any]) -> str:
         default=DEFAULT,
         verdict=", which meets the aims: 95 % right together, and less than 10 % of the answer's time" if met else "",
         others=seconds["others"],
-        likelihood=_MEASURED.format(**sizes) if "likelihood" in routers else _NOT_MEASURED,
+        likelihood=_MEASURED.format(**sizes, apart=apart) if "likelihood" in routers else _NOT_MEASURED,
         near=" and ".join(sizes["near"]),
         table=_table(
             ("router", "experts' questions", "core", "together", "AUROC", "sure", "time", "of the answer"),
@@ -147,7 +151,7 @@ def _named(router: str) -> str:
 
 
 def _of_answer(seconds: Mapping[str, Any], router: str) -> float:
-    return seconds[router]["sum"] / seconds["answer"]["sum"]
+    return seconds[router]["sum"] / seconds[router].get("answer", seconds["answer"]["sum"])
 
 
 def _share(interval: Sequence[float]) -> str:

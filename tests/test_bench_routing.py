@@ -93,6 +93,14 @@ def test_likelihood_is_measured_with_experts_that_are_kept(data, tiny_folder, tm
     assert timed_only.calls == 2 * 7, "nor read again, apart from what is timed: a question and its warm-up"
     again = json.loads(out.read_text(encoding="utf-8"))
     assert again["routers"] == found["routers"]
+    out.write_text(json.dumps(found | {"routers": {k: v for k, v in found["routers"].items() if k != "likelihood"}}))
+    assert routing.main([*given, "--add"]) == 0
+    added = json.loads(out.read_text(encoding="utf-8"))
+    assert added["routers"] == found["routers"]
+    assert added["seconds"]["combined"] == found["seconds"]["combined"]
+    assert "timed by itself" in page.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="other sizes"):
+        routing.main([*given, "--add", "--fit", "2"])
 
 
 class Counted:
