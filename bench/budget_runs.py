@@ -109,7 +109,7 @@ class Study:
         }
         if kind == "budget":
             on = {"lose_at_most": float(number), "on": [str(self._half("control"))]}
-            values["budget"] = {"every": 5, "anchor_count": 48, "calibrate": 1, "tries": 5} | on | self.budget
+            values["budget"] = {"every": 5, "anchor_count": 16, "calibrate": 1, "tries": 4} | on | self.budget
         return parse(values, name)
 
     def _rows(self) -> Path:

@@ -225,7 +225,7 @@ class BudgetConfig(Settings):
     anchors: str | None = None
     """Texts on which the drift (divergence from the base) is taken, as in `monitor.anchors`; of the core suite, as
     chats if the model has a template, when not given."""
-    anchor_count: int = Field(256, ge=2)
+    anchor_count: int = Field(64, ge=2)
     """At most this many texts."""
     anchor_tokens: int = Field(96, ge=2)
     """At most this many tokens of each."""
