@@ -228,7 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="+", help="settings: budget-0.1, fixed-2, …")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--items", type=int, default=150, help="questions of each half")
+    parser.add_argument("--items", type=int, default=150, help="questions of the held half")
+    parser.add_argument("--control", type=int, default=84, help="questions that the budget is on")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "budget_study.md")
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     quiet_libraries()
     say = Console(stderr=True, highlight=False, markup=False).print
-    study = Study(given.data, given.work, given.results, given.model, given.items, given.train, say=say)
+    study = Study(given.data, given.work, given.results, given.model, given.items, given.control, given.train, say=say)
     for name, seed in study.jobs(given.seeds) if given.data else ():
         if (given.only and name not in given.only) or not study.claim(name, seed):
             continue

@@ -25,7 +25,7 @@ from retain.rundir import BASE, RunDirectory
 #: Families whose rows are short and which plain training learns (bench/learnable.py).
 FAMILIES = ("calendar_arithmetic", "count_bits", "gcd", "letter_counting", "number_sequence", "syllogism")
 TASK, HALVES = "reasoning", ("control", "held")
-BUDGETS = (0.03, 0.06, 0.1, 0.15)
+BUDGETS = (0.05, 0.08, 0.12, 0.18)
 FACTORS = (0.0, 0.5, 1.0, 4.0)  # of the fixed settings, on the strength that a budget begins with
 SHARE, STRENGTH = 0.1, 0.1  # of replayed rows; of distillation
 _TRAIN: dict[str, Any] = {
@@ -54,7 +54,8 @@ class Study:
         data: folder of data sets: reasoning_gym, facts_countries, facts_elements, instruct_lfs.
         work: run directories, which may be deleted.
         results: the small files, one per run.
-        items: of each half, at most.
+        items: of the held half, at most.
+        control: of the half that the budget is on: a run asks these several times.
         train: over the study's own settings, for quick tests.
         budget: further settings of every budget.
     """
@@ -64,6 +65,7 @@ class Study:
     results: Path
     model: str = "starter"
     items: int = 150
+    control: int = 84
     train: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
@@ -126,7 +128,8 @@ class Study:
             chosen = halves(self.data)[half]
             for probe in sorted({row["probe"] for row in chosen}):
                 mine = [row for row in chosen if row["probe"] == probe]
-                write(folder / f"{probe}.jsonl", _lines(mine[: self.items // 3]))
+                most = (self.items if half == "held" else self.control) // 3
+                write(folder / f"{probe}.jsonl", _lines(mine[:most]))
         return folder
 
 

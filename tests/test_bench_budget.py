@@ -40,7 +40,8 @@ def a_run(name: str, seed: int, lost: int, learned: int, share: float = 1.0) -> 
 
 
 @pytest.fixture
-def results(tmp_path):
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "BUDGETS", (0.03, 0.1))
     for seed in range(3):
         runs = [a_run("budget-0.1", seed, 3, 20), a_run("budget-0.03", seed, 2 if seed else 1, 12)]
         runs += [a_run("fixed-0", seed, 12, 24), a_run("fixed-1", seed, 3, 14 + seed), a_run("fixed-4", seed, 0, 4)]
