@@ -96,10 +96,17 @@ def test_mistakes_are_one_line(typed, tmp_path, monkeypatch):
     code, _, err = typed("chat", "--ask", "?", "--expert", "nobody")
     assert code == 2
     assert "unknown 'nobody'" in err
-    monkeypatch.setattr(sys, "argv", ["retain", "serve", "--library", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("name", ["chat", "serve"])
+def test_that_nobody_is_there_is_said_before_anything_is_loaded(name, tmp_path, monkeypatch, capsys):
+    for slow in ("retain.experts.opening", "retain.experts.server.app"):
+        monkeypatch.setitem(sys.modules, slow, None)  # importing it would be an error
+    monkeypatch.setattr(sys, "argv", ["retain", name, "--library", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
+    assert "no experts here" in capsys.readouterr().err
 
 
 def test_the_command_serves_until_it_is_told_to_stop(shelf, alone, tmp_path):

@@ -37,13 +37,16 @@ def command(
     quiet_libraries()
     from rich.console import Console
 
-    from retain.experts.conversation import Conversation
     from retain.experts.library import ExpertLibrary
+
+    experts = ExpertLibrary(library)
+    experts.known_base()  # before what takes seconds to load
+    from retain.experts.conversation import Conversation
     from retain.experts.opening import open_engine
 
     aside = Console(stderr=True)
     with aside.status("opening the experts"):
-        engine = open_engine(ExpertLibrary(library), router, say=quietly(aside), rows=1).start()
+        engine = open_engine(experts, router, say=quietly(aside), rows=1).start()
     talk = Conversation(engine, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     try:
         if expert is not None:

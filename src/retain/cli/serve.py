@@ -42,10 +42,12 @@ def command(
     from retain.experts.server import need_extra
 
     need_extra()
+    experts = ExpertLibrary(library)
+    experts.known_base()  # before what takes seconds to load
     from retain.experts.server.app import Limits
     from retain.experts.server.running import Server, public
 
-    out, experts, keys = console(), ExpertLibrary(library), _keys(key)
+    out, keys = console(), _keys(key)
     limits = Limits(max_tokens, timeout, max_bytes)
     if upstream:
         service = _router(experts, upstream, upstream_base, upstream_key, router, keys, limits, quietly(out))

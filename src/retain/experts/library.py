@@ -103,6 +103,16 @@ class ExpertLibrary:
         """The model that all experts are for; None while there are none."""
         return next((self.card(name).base for name in self.names()), None)
 
+    def known_base(self) -> str:
+        """The model that all experts are for.
+
+        Raises:
+            ModelError: there are no experts, and so no base.
+        """
+        if (base := self.base) is None:
+            raise ModelError(f"{self.folder}: no experts here, so no base. Add one first: `retain experts add`.")
+        return base
+
     def require_free(self, name: str) -> None:
         """Refuse a name that is taken, also in another case, which some file systems take for the same.
 

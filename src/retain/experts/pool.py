@@ -263,8 +263,5 @@ def open_pool(library: ExpertLibrary, limit: int | None = None) -> tuple[Adapter
     """
     from retain.models.load import load_model
 
-    base = library.base
-    if base is None:
-        raise ModelError(f"{library.folder}: no experts here, so no base. Add one first: `retain experts add`.")
-    model, tokenizer = load_model(base)
+    model, tokenizer = load_model(library.known_base())
     return AdapterPool(model.eval().requires_grad_(False), library, limit), tokenizer
