@@ -40,6 +40,11 @@ def test_learning_rate_depends_on_what_learns(shop, tmp_path):
         ({"probes": {"reference": ["nothing-here"]}}, DataError, "nothing-here"),
         ({"tasks": [{"data": "{shop}/count", "on": "assistant"}]}, RetainError, "generation"),
         ({"old": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
+        (
+            {"tasks": [{"data": "{shop}/count/train.jsonl", "hold_out": 0}], "probes": {"reference": []}},
+            DataError,
+            "nothing to measure",
+        ),
         ({"model": {"name": "starter", "quantize": "4bit"}}, ConfigError, "model.quantize"),
         (
             {"model": {"name": "starter", "quantize": "4bit"}, "methods": ["lora", "interpolate"]},

@@ -156,6 +156,11 @@ def load_probes(
             require_items(probe, f"tasks.{task.name}", limits, "test rows, with `test:` or a larger `hold_out:`")
             probes.append(probe)
             infos.append(probe.info("task", task.name))
+    if not probes:
+        raise DataError(
+            "probes: nothing to measure: no old ability is named, and no task has test rows. Name some under "
+            "`probes.reference` (core is built in), or give rows with `test:` or `hold_out:`."
+        )
     of_tasks = [probe for probe, info in zip(probes, infos) if info.role == "task"]
     require_effect(settings.tasks.given() if of_tasks else {}, of_tasks, "probes.tasks")
     names = [info.name for info in infos]
