@@ -44,7 +44,9 @@ WITHOUT_CHARTS = {
     *("test_avoiding", "test_blocks", "test_bottleneck", "test_distill", "test_packnet", "test_prioritised"),
     *("test_remembering", "test_replay", "test_estimate", "test_resume", "test_own_data", "test_presets"),
     *("test_workload", "test_totals", "test_pipeline_mistakes", "test_made", "test_domains", "test_trackers"),
-    *("test_bench_retention", "test_bench_dynamics", "test_bench_routing", "test_synth"),
+    *("test_bench_retention", "test_bench_dynamics", "test_bench_routing", "test_synth", "test_pipeline"),
+    *("test_private", "test_divergence_run", "test_examples", "test_examples_harness", "test_sdft", "test_advise"),
+    *("test_refreshing", "test_advisor", "test_rules"),
 }
 
 
