@@ -201,6 +201,15 @@ class RunDirectory:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
+    def drop_models(self) -> None:
+        """Delete the weights of all tasks; what was measured, and the marks, stay."""
+        for stage in (self.path / "tasks").glob("*"):
+            for one in stage.iterdir():
+                if one.is_dir():
+                    shutil.rmtree(one, ignore_errors=True)
+                elif one.suffix == ".safetensors":
+                    one.unlink(missing_ok=True)
+
     def require_space(self, needed: int) -> None:
         """Refuse to start what cannot be saved.
 

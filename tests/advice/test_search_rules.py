@@ -11,7 +11,7 @@ from retain.advice.search import Search, Units, following
 from retain.advice.search_result import choose, over_runs, saved
 from retain.advice.search_study import sampler
 from retain.config import parse
-from retain.report.search import Tried, on_front
+from retain.report.search import Tried, beaten, on_front
 from retain.results import Estimate
 
 POINTS = Units("points", "points")
@@ -101,6 +101,19 @@ def test_steps_that_were_saved():
     trials.append(tried(3, 0, 0, steps=10, state="failed"))
     assert saved(trials) == pytest.approx((90 - 30) / (3 * 90))
     assert saved([trials[2]]) is None
+
+
+def test_who_is_beaten_is_never_recommended():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        trials = [tried(i, *pair) for i, pair in enumerate(draw.integers(-2, 5, (6, 2)) / 5)]
+        gone = {t.number for t in beaten(trials)}
+        assert len(gone) < len(trials)
+        for limit in (None, 0.0, 0.3):
+            chosen = choose(trials, limit)
+            assert chosen is not None
+            assert chosen[0].number not in gone
+    assert [t.number for t in beaten([tried(0, 0.5, 0.1), tried(1, 0.5, 0.2), tried(2, 0.5, 0.1)])] == [1]
 
 
 def test_raising_stops_where_enough_is_kept_or_too_little_is_learned(tmp_path):

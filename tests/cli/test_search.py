@@ -18,7 +18,7 @@ from retain.advice import search_study, search_workers
 from retain.advice.pruning import Point
 from retain.config import parse, read
 from retain.pipeline import plan, run
-from retain.report.search import load
+from retain.report.search import beaten, load
 from retain.results import Estimate, load_items, load_metrics, load_results
 from retain.rundir import BASE, RunDirectory
 
@@ -96,6 +96,12 @@ def test_what_it_leaves(searched) -> None:
     for words in (text, web):
         assert f"Recommended: trial {found.best}" in words
         assert "chosen by them, out of 3" in words
+    gone = {t.number for t in beaten(found.trials)}
+    assert found.best not in gone
+    for trial in found.trials:
+        kept = list((folder / trial.directory / "tasks").rglob("*.safetensors"))
+        assert bool(kept) == (trial.number not in gone), "weights of those that another one beats are not kept"
+        assert (folder / trial.directory / "report.html").is_file()
     assert web.count("trials/000") >= 1, "the front links to the reports of its runs"
 
 

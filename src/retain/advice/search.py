@@ -25,7 +25,7 @@ from retain.errors import ConfigError, disk_full
 from retain.items import is_divergence
 from retain.pipeline import Watch, measure_base, plan, run
 from retain.report import wording
-from retain.report.search import Tried, Unit
+from retain.report.search import Tried, Unit, beaten
 from retain.results import Estimate, ProbeInfo, Results, load_items
 from retain.rundir import BASE, RunDirectory, share_baseline
 
@@ -53,6 +53,7 @@ class Search:
         points: values of each range in a grid.
         storage: a file or the address of a database, for several machines; in the folder when not given.
         prune: end hopeless trials early.
+        keep_all: keep the weights of finished trials, too, that another one beats in both numbers.
         lose_at_most: of `raise`, and for the choice: largest loss, a share (or nats per token).
         learn_at_least: of `raise`: stop when less is learned.
     """
@@ -65,6 +66,7 @@ class Search:
     points: int = 5
     storage: str | None = None
     prune: bool = True
+    keep_all: bool = False
     lose_at_most: float | None = None
     learn_at_least: float | None = None
 
@@ -166,6 +168,8 @@ def work(search: Search, units: Units, say: Say, told: Callable[[Tried], None] =
             if trial is None:
                 return
             carry_out(search, study, trial, units, say)
+            for lost in () if search.keep_all else beaten(study.tried()):
+                RunDirectory(search.folder / lost.directory).drop_models()
             told(next(t for t in study.tried() if t.number == trial.number))
     finally:
         study.release()

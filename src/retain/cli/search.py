@@ -30,6 +30,9 @@ def command(
         float | None, typer.Option("--learn-at-least", help="Of raise: stop where less is learned.")
     ] = None,
     prune: Annotated[bool, typer.Option(help="End runs early that are behind another one beyond doubt.")] = True,
+    keep_all: Annotated[
+        bool, typer.Option("--keep-all", help="Keep the weights of runs that another one beats, too.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="So many processes at once.")] = 1,
     storage: Annotated[
         str | None, typer.Option(help="For several machines: a file or the address of a database (sqlite:///…).")
@@ -56,7 +59,7 @@ def command(
 
     search = _search(
         config, over, output, set_, mode=mode, trials=trials, points=points, storage=storage, prune=prune,
-        lose_at_most=lose_at_most, learn_at_least=learn_at_least,
+        keep_all=keep_all, lose_at_most=lose_at_most, learn_at_least=learn_at_least,
     )  # fmt: skip
     out = console()
     if mode == "raise":

@@ -86,6 +86,15 @@ def on_front(trials: Sequence[Tried]) -> list[Tried]:
     return [finished[i - 1] for i in front.pareto(places) if i]
 
 
+def beaten(trials: Sequence[Tried]) -> list[Tried]:
+    """The finished trials that another one beats: it learned no less and lost no more, and one of the two is better.
+
+    None of these is ever recommended, whatever is still tried.
+    """
+    found = [(t, t.learned.value, -t.lost.value) for t in trials if t.state == "finished" and t.learned and t.lost]
+    return [t for t, *mine in found if any(a >= mine[0] and b >= mine[1] and [a, b] != mine for _, a, b in found)]
+
+
 def draw(found: Found) -> Picture | None:
     """All finished trials as points; None where there is none. Names stand at those of the front."""
     finished = [t for t in found.trials if t.state == "finished" and t.learned and t.lost]
