@@ -240,7 +240,7 @@ class BudgetConfig(Settings):
     most: float = Field(8.0, ge=1, allow_inf_nan=False)
     """Largest factor on the strengths, and on the replay share as far as a batch has room."""
     jump: float = Field(0.5, gt=0, allow_inf_nan=False)
-    """A rise of the drift between two looks above this share of the limit, or of the drift before it if that is larger, is
+    """A rise of the drift between two looks above this share of the limit, or of the drift before if that is larger, is
     taken back in part (trust region)."""
     tries: int = Field(6, ge=1)
     """Most points between start and end that are asked about after training."""
