@@ -26,7 +26,7 @@ from retain.rundir import BASE, RunDirectory
 FAMILIES = ("calendar_arithmetic", "count_bits", "gcd", "letter_counting", "number_sequence", "syllogism")
 TASK, HALVES = "reasoning", ("control", "held")
 BUDGETS = (0.05, 0.08, 0.12, 0.18)
-FACTORS = (0.0, 0.5, 1.0, 4.0)  # of the fixed settings, on the strength that a budget begins with
+FACTORS = (0.0, 1.0, 4.0)  # of the fixed settings, on the strength that a budget begins with
 SHARE, STRENGTH = 0.1, 0.1  # of replayed rows; of distillation
 _TRAIN: dict[str, Any] = {
     "per_device_train_batch_size": 4,
