@@ -45,7 +45,8 @@ of them surely, by the interval of the held questions. {allowed}
 - **lost (control)** is what the budget saw, **bound** its upper end; **lost (held)**: on the questions it did not see.
 - **learned**: gain on unseen rows, exact answers, in points.
 - **fixed, same loss**: what the best fixed settings of the same methods learn where they lose as much on the held
-  questions (between two of them, their mixture), and the difference, paired over seeds and items.
+  questions (between two of them, their mixture; where all lose more, the one that loses the least), and the difference,
+  paired over seeds and items.
 - **fixed, with hindsight**: the fixed setting that learned most of those whose mean held loss is inside the budget.
 - Brackets are 95 % intervals over seeds and items.
 

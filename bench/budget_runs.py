@@ -51,7 +51,7 @@ class Study:
     """Where everything is, and how large.
 
     Args:
-        data: folder of data sets: reasoning_gym, facts_countries, facts_elements, instruct_lfs.
+        data: folder of data sets: reasoning_gym, facts_countries, instruct_lfs.
         work: run directories, which may be deleted.
         results: the small files, one per run.
         items: of the held half, at most.

@@ -75,6 +75,11 @@ def test_the_page_counts_what_is_above_the_budget(results):
     assert "×4: 10.0" in text, "and inside 3 points"
 
 
+def test_the_page_in_the_docs_is_what_the_results_say():
+    page = (budget.ROOT / "docs" / "budget_study.md").read_text(encoding="utf-8")
+    assert page == budget.page(budget.RESULTS, range(5))
+
+
 def test_every_run_of_the_study_is_a_configuration(tmp_path):
     data = tmp_path / "data"
     rows = [{"prompt": f"The capital of land{i} is", "response": f"town{i}", "relation": "capital"} for i in range(9)]

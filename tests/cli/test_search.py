@@ -131,12 +131,16 @@ def test_two_processes_share_the_trials(searched, tmp_path, monkeypatch, capsys)
     config, folder = searched
     monkeypatch.setattr(search_workers, "CONTEXT", warm._CONTEXT)
     shutil.copytree(folder / "base", tmp_path / "both" / "base")
-    retain(monkeypatch, "search", config, *OVER, "--trials", 4, "--workers", 2, "--output", tmp_path / "both")
+    retain(
+        monkeypatch, "search", config, *OVER, "--trials", 4, "--workers", 2, "--keep-all", "--output", tmp_path / "both"
+    )
     found = load(tmp_path / "both")
     assert [(t.number, t.state) for t in found.trials] == [(i, "finished") for i in range(4)]
     assert {path.name for path in (tmp_path / "both" / "trials").iterdir()} == {f"000{i}" for i in range(4)}
     assert {path.name for path in (tmp_path / "both" / "workers").iterdir()} == {"1.log", "2.log"}
     assert numbers(tmp_path / "both")[0] == numbers(folder)[0]
+    for trial in found.trials:
+        assert list((tmp_path / "both" / trial.directory / "tasks").rglob("*.safetensors")), "--keep-all keeps them"
 
 
 def test_two_folders_share_a_database(searched, tmp_path, monkeypatch, capsys, light) -> None:

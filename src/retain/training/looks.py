@@ -59,7 +59,7 @@ def anchor_texts(count: int, seed: int = 0, tokenizer: Any = None) -> list[str]:
     """Texts of the core suite, the same at every call: questions with their right answer, sentences, passages.
 
     With a tokenizer that has a chat template, the questions and answers are turns of a chat: the form in which such a
-    model is trained and asked. Written out plainly they move much less (a tenth, on a model that had lost 19 points).
+    model is trained and asked. Written out plainly they move much less.
     """
     items = {item.id: item for probe in load_probes("core") for item in probe.items}
     ranked = sorted(items, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
