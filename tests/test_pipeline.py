@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: what is in the run directory, for every form of data and way of training."""
 
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -17,6 +18,7 @@ from retain.inputs import read_rows
 from retain.pipeline import _Runner, plan, run
 from retain.report import compare, curves, judged
 from retain.results import ITEM_COLUMNS, load_items, load_metrics, load_results
+from retain.rundir import RunDirectory
 
 SHORT = {"tasks": ["data/medical.jsonl"]}
 
@@ -221,6 +223,10 @@ def test_load_run_mistakes(tmp_path, finished):
         load_run(tmp_path)
     with pytest.raises(RunError, match=r"no stage '07-x'\. Stages: 00-base, 01-count, 02-which"):
         load_run(output, "07-x")
+    shutil.copytree(output, tmp_path / "bare")
+    RunDirectory(tmp_path / "bare").drop_models()
+    with pytest.raises(RunError, match="01-count: the weights of this task were deleted"):
+        load_run(tmp_path / "bare")  # and not the base in their place
 
 
 def test_every_form_of_data(shop, tmp_path):

@@ -250,7 +250,7 @@ def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False, dev
 
     Raises:
         ModelError: as `load_model`.
-        RunError: what a task left is damaged.
+        RunError: what a task left is damaged, or was deleted.
     """
     from peft import PeftModel
 
@@ -258,6 +258,8 @@ def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False, dev
         tasks = tasks[-1:]  # one adapter learned all of them
     full = [i for i, folder in enumerate(tasks) if (folder / "model").is_dir()]
     first = full[-1] if full else -1
+    for folder in tasks[max(first, 0) :]:
+        _require_parts(folder)
     if full:
         whole = tasks[first] / "model"
         try:
@@ -280,6 +282,16 @@ def load_stage(config: ModelConfig, tasks: list[Path], merged: bool = False, dev
                 model = settled(PeftModel.from_pretrained(model, str(adapter), is_trainable=True))
         _put_on(model, folder)
     return model if device is None else model.to(device)
+
+
+def _require_parts(folder: Path) -> None:
+    """Refuse a finished task whose weights are gone: without them the model would silently be the one before it."""
+    mark = folder / "done.json"
+    kinds = json.loads(mark.read_text(encoding="utf-8")).get("kind", "").split("+") if mark.is_file() else []
+    if gone := [kind for kind in kinds if kind and not (folder / kind).is_dir()]:
+        raise RunError(
+            f"{folder}: the weights of this task were deleted ({', '.join(gone)}). {_again(folder / gone[0])}"
+        )
 
 
 def parts(model: Any) -> dict[str, Callable[[Path], Any]]:
