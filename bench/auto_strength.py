@@ -18,7 +18,7 @@ from typing import Any
 
 from example_recipes import changed, recipe
 from matched import Point, interval, plain_loss
-from two_tasks import SMALL, numbers
+from two_tasks import SMALL, at_most_one, numbers
 from two_tasks_runs import OutOfTime, Setting, Store, write
 
 from retain import methods
@@ -26,16 +26,19 @@ from retain.functional.statistics import Interval
 
 ROOT = Path(__file__).parent.parent
 OUT, PAGE = ROOT / "bench" / "out" / "two_tasks", ROOT / "docs" / "auto_strength.md"
-TENS = (-2, -1, 0, 1, 2)  # of the grid, around the strength of the example
+GRID = (0.01, 0.1, 1.0, 10.0, 100.0)  # times the strength of the example
+BELOW_ONE = (0.01, 0.1, 1.0, 3.0, 9.0)  # where a strength has an upper end
 #: What may be lost, as a share of all that could be: the usual budget, which this world makes impossible, and others.
 BUDGETS = (0.02, 0.3, 0.6)
 
 _TEXT = """# A strength that nobody has to choose
 
 Written by `python bench/auto_strength.py --seeds {seeds}`.
-The small world of [two_tasks.md](two_tasks.md), in which plain training loses nearly everything: with `strength: auto`
-a method begins at the strength of its example, and its factor (1/8 to 8) follows the drift from the base. The grid is
-that strength times 0.01, 0.1, 1, 10 and 100. What a budget is on are the questions that a task could overwrite.
+The small world of [two_tasks.md](two_tasks.md), in which plain training loses nearly everything. With `strength: auto`
+a method begins at its usual strength, and its factor (1/8 to 64) follows the drift from the base, with a budget for
+each of the two tasks; what it is on are the questions that the task could overwrite. No last step is taken. The grid is
+the strength of the method's example times 0.01, 0.1, 1, 10 and 100 (3 and 9 in place of the last two where it must be
+below 1).
 
 - **learned**, **lost**: as there, in points.
 - **grid, same loss**: what the best settings of the grid learn *where they lose as much*, chosen with hindsight on
@@ -64,7 +67,8 @@ def settings(name: str) -> tuple[list[Setting], list[Setting]]:
     own = changed(recipe(name), name, **SMALL.get(name, {}))
     usual = next(m for m in methods.build(own) if m.name == name).config.strength
     common: Setting = {"rate": 1.0, "share": 1.0}
-    values = [float(f"{usual * 10.0**k:.3g}") for k in TENS]
+    times = BELOW_ONE if at_most_one(methods.load(name).Config.model_fields["strength"]) else GRID
+    values = [float(f"{usual * factor:.3g}") for factor in times]
     grid = [common | {"recipe": changed(own, name, strength=v), "knob": f"strength {v:g}"} for v in values]
     free = {"every": 5, "calibrate": 3, "drift": None}
     auto = [

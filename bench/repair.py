@@ -1,4 +1,4 @@
-"""How much of a lost ability comes back, and at how much of what was learned: three naive fine-tunes of the starter
+"""How much of a lost ability comes back, and at how much of what was learned: naive fine-tunes of the starter
 model, repaired. Writes its tables into docs/repair.md.
 
     python bench/repair.py --data DATA                    # trains what is not there, repairs, writes the page
@@ -6,8 +6,9 @@ model, repaired. Writes its tables into docs/repair.md.
     python bench/repair.py --data DATA --train-only
     python bench/repair.py                                # the page from the results that are there
 
-DATA is a folder with the data sets reasoning_gym and cl_benchmark. Fine-tunes and answers are kept under
-bench/out/repair, so that the same command goes on after a stop; numbers are in bench/results/repair, one file for each.
+DATA is a folder with the data sets reasoning_gym, cl_benchmark and facts_countries. Fine-tunes and answers are kept
+under bench/out/repair, so that the same command goes on after a stop; numbers are in bench/results/repair, one file for
+each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retention_runs import write
+from budget_runs import halves
+from retention_runs import FAMILIES, write
 
 from retain.advice.repair_page import moves_table
 
@@ -32,11 +34,8 @@ RESULTS, WORK, PAGE = (
     ROOT / "docs" / "repair.md",
 )
 BEGIN, END = "<!-- numbers, by bench/repair.py -->", "<!-- end of numbers -->"
-#: Families of short rows, of those that bench/learnable.py finds learned, as in bench/budget.py.
-FAMILIES = ["calendar_arithmetic", "count_bits", "gcd", "letter_counting", "number_sequence", "syllogism"]
-
-#: What is answered in words, which is what naive training loses (docs/log.md).
-KEPT = ("arithmetic", "countries", "elements", "instructions")
+#: What is answered in words, which is what naive training loses (docs/log.md): suites, and questions of budget_runs.py.
+SUITES, ASKED = ("core/elements", "core/instructions"), ("capitals", "continents", "sums")
 
 
 @dataclass(frozen=True)
@@ -60,19 +59,24 @@ class Study:
 
 STUDIES = {
     "full": Study(
-        "full fine-tuning on short puzzles (reasoning_gym), learning rate 1e-4",
-        ["none"], "reasoning_gym", {"task": FAMILIES},
-        {"learning_rate": 1e-4, "max_steps": 30, "max_length": 128},
+        "full fine-tuning on puzzles (reasoning_gym), learning rate 1e-4",
+        ["none"], "reasoning_gym", {"task": list(FAMILIES)},
+        {"learning_rate": 1e-4, "max_steps": 60, "max_length": 192},
+    ),
+    "full-high": Study(
+        "the same at three times that rate, 3e-4",
+        ["none"], "reasoning_gym", {"task": list(FAMILIES)},
+        {"learning_rate": 3e-4, "max_steps": 60, "max_length": 192},
     ),
     "lora": Study(
         "LoRA (r = 16) on the same puzzles, learning rate 1e-3",
-        [{"lora": {"r": 16}}], "reasoning_gym", {"task": FAMILIES},
-        {"learning_rate": 1e-3, "max_steps": 30, "max_length": 128},
+        [{"lora": {"r": 16}}], "reasoning_gym", {"task": list(FAMILIES)},
+        {"learning_rate": 1e-3, "max_steps": 60, "max_length": 192},
     ),
-    "lora-cb": Study(
-        "LoRA (r = 16) on another domain, natural language inference (CommitmentBank), learning rate 1e-3",
-        [{"lora": {"r": 16}}], "cl_benchmark/cb", None,
-        {"learning_rate": 1e-3, "max_steps": 30, "max_length": 256},
+    "lora-mnli": Study(
+        "LoRA (r = 16) on another domain, natural language inference (MNLI), learning rate 1e-3",
+        [{"lora": {"r": 16}}], "cl_benchmark/mnli", None,
+        {"learning_rate": 1e-3, "max_steps": 60, "max_length": 192},
     ),
 }  # fmt: skip
 
@@ -108,6 +112,7 @@ def questions(name: str, data: Path, work: Path, items: int) -> Path:
     study = STUDIES[name]
     lines = (data / study.data / "test.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if study.only is None or row["task"] in study.only["task"]]
+    rows = list({row["prompt"]: row for row in rows}.values())  # some are in the data twice
     step = max(1, len(rows) // items)
     chosen = [
         {"kind": "answer", "prompt": row["prompt"], "answers": [row["response"]], "score": "exact"}
@@ -118,13 +123,25 @@ def questions(name: str, data: Path, work: Path, items: int) -> Path:
     return path
 
 
+def kept(data: Path, work: Path, items: int) -> list[str]:
+    """Probes of what must be kept, for --keep: suites, and files of questions on real facts."""
+    rows = [row for half in halves(data).values() for row in half]
+    found = []
+    for probe in ASKED:
+        mine = [row | {"probe": probe} for row in rows if row["probe"].startswith(f"{probe}_")]
+        found.append(str(work / f"{probe}.jsonl"))
+        write(work / f"{probe}.jsonl", "".join(json.dumps(row) + "\n" for row in mine[:items]))
+    return [*SUITES, *found]
+
+
 def repaired(name: str, tuned: Path, learned: Path, given: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Repair one and keep its numbers."""
     from retain.cli.repair import carry_out
 
     folder = given.work / "repairs" / name
+    keep = given.keep or kept(given.data, given.work, given.items)
     carry_out(
-        given.model, str(tuned), str(learned), given.keep, folder, limit=given.items, search=given.search,
+        given.model, str(tuned), str(learned), keep, folder, limit=given.items, search=given.search,
         train_steps=given.train_steps, say=say,
     )  # fmt: skip
     write(given.results / f"{name}.json", (folder / "repair.json").read_text(encoding="utf-8"))
@@ -153,9 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--keep", nargs="+", default=[f"core/{name}" for name in KEPT])
-    parser.add_argument("--items", type=int, default=24, help="per probe")
-    parser.add_argument("--learned-items", type=int, default=48)
+    parser.add_argument("--keep", nargs="+", help="other probes of what must be kept")
+    parser.add_argument("--items", type=int, default=120, help="at most, per probe")
+    parser.add_argument("--learned-items", type=int, default=160)
     parser.add_argument("--search", type=int, default=6, help="points of the search over groups")
     parser.add_argument("--train-steps", type=int, default=12, help="of self-distillation")
     parser.add_argument("--results", type=Path, default=RESULTS)

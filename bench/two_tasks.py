@@ -70,7 +70,7 @@ def ladder(name: str) -> tuple[list[Setting], int]:
         knob, values = LADDERS[name]
         now = getattr(usual, knob)
         start = min(range(len(values)), key=lambda i: abs(values[i] - now))
-    elif name != "none" and "strength" in fields and not _at_most_one(fields["strength"]) and usual.strength:
+    elif name != "none" and "strength" in fields and not at_most_one(fields["strength"]) and usual.strength:
         knob, values, start = "strength", [float(f"{usual.strength * 10.0**k:.3g}") for k in _TENS], _TENS.index(0)
     else:
         return [{"recipe": own, "rate": rate, "share": 1.0, "knob": f"rate × {rate:g}"} for rate in _SLOWER], 0
@@ -80,7 +80,8 @@ def ladder(name: str) -> tuple[list[Setting], int]:
     return made, start
 
 
-def _at_most_one(field: Any) -> bool:
+def at_most_one(field: Any) -> bool:
+    """Whether a setting cannot be above one."""
     return any(getattr(rule, "le", None) == 1 or getattr(rule, "lt", None) == 1 for rule in field.metadata)
 
 

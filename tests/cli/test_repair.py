@@ -15,8 +15,9 @@ from typed import refused, retain, typed
 
 from retain import measuring
 from retain.advice import repair_distill, repair_models
-from retain.advice.repair import Repair
+from retain.advice.repair import Repair, Settings, check
 from retain.advice.repair_moves import Candidate, Grouped
+from retain.errors import ConfigError
 from retain.models.merge_recipe import Recipe
 
 
@@ -160,7 +161,10 @@ def test_mistakes_are_one_line_before_anything_is_asked(place, tmp_path, monkeyp
     assert "at least 4 are needed" in said(learned=tmp_path / "few.jsonl")
     assert "two probes are called 'number'" in said(keep=place / "new.jsonl")
     assert "so that nothing was learned" in said(tuned=place / "base")
-    assert "--lose-at-most: 2 given" in said(lose_at_most=2)
+    assert typed(monkeypatch, *words(place, "full", output, "--lose-at-most", 2)) == 2
+    assert "a loss lies between 0 and 1" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    with pytest.raises(ConfigError, match="--lose-at-most: 2 given"):
+        check(Settings(lose_at_most=2))
     assert "--confidence: 0.3 given" in said(confidence=0.3)
     assert "allowed: 0 (none) or more" in said(search=-1)
     assert "nowhere" in said(tuned=tmp_path / "nowhere")

@@ -71,3 +71,18 @@ def test_adam_is_only_warned(tmp_path):
     made.run.say = said.append
     made.train()
     assert any("stiff" in line for line in said)
+
+
+@pytest.mark.parametrize("rate", [1e-2, 1e-4])
+def test_a_proximal_pull_that_is_found_begins_where_a_strong_hold_begins(tmp_path, rate):
+    """Learning rate · strength · steps is one, whatever the rate; a schedule and a strength that is given stay."""
+    settings = {"steps": 5, "learning_rate": rate, "lr_scheduler_type": "constant"}
+    made = train([L2SP(strength="auto", form="proximal", schedule="rising", end=0.2)], tmp_path / "auto", **settings)
+    method = made.stack.methods[0]
+    method.boost, made.run.step = 1.0, 0
+    assert rate * method.strength(made.run) * 5 == pytest.approx(1)
+    made.run.step = 5
+    assert rate * method.strength(made.run) * 5 == pytest.approx(2), "from the usual 0.1 to 0.2"
+    for given in ({"strength": 3.0, "form": "proximal"}, {"strength": 3.0}):
+        fixed = train([L2SP(**given)], tmp_path / given.get("form", "gradient"), **settings)
+        assert fixed.stack.methods[0].strength(fixed.run) == 3.0

@@ -35,6 +35,17 @@ def test_value_and_gradient_are_torchs(kind, share):
         torch.testing.assert_close(slope, truth, rtol=1e-7, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize(("boost", "share"), [(4.0, 0.4), (64.0, 1.0)])
+def test_a_boost_takes_it_to_even_labels_at_most(boost, share):
+    """The stack multiplies by the boost; above 1 the label itself would be unlearned."""
+    model = family_model("llama").double()
+    ids, labels = labelled()
+    boosted = LabelSmoothing(strength=0.1)
+    boosted.boost = boost
+    found = boost * boosted.batch_loss(batch_of(model, ids, labels), run_of(model))
+    torch.testing.assert_close(found, loss(model, ids, labels, strength=0.1) * share / 0.1, rtol=1e-12, atol=0)
+
+
 def test_a_whole_step_is_that_of_the_smoothed_loss(tmp_path):
     """One step of SGD in the trainer against the dense loss by hand, over micro-batches of different lengths."""
     model = tiny_model(tiny_tokenizer()).double()

@@ -131,7 +131,6 @@ def test_what_cannot_be_held_to_a_limit(make_run):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--fail-over", "2"], "2 is no share of the score"),
         (["--strict"], "Give one with --fail-over"),
         ([], "a page needs the run directory"),
         (["--fail-over", "0.02", "--against", "x"], "a page needs the run directory"),
@@ -142,6 +141,17 @@ def test_mistakes(make_run, retain, options, words):
     done = retain(path, *options)
     assert isinstance(done.exception, RetainError)
     assert words in str(done.exception)
+
+
+def test_a_limit_is_typed_as_a_budget_is(make_run, retain):
+    path = with_macro(make_run(items=False, metrics=False), -0.015, 0.02)
+    said = {retain(path, "--fail-over", word).output for word in ("0.02", "2%", "2pt")}
+    assert len(said) == 1
+    assert said.pop().startswith("kept: ")
+    assert retain(with_macro(path.parent, -0.01, -0.001), "--fail-over", "0").exit_code == 1
+    refused = retain(path, "--fail-over", "2")
+    assert refused.exit_code == 2
+    assert "2 points are 2%" in " ".join(refused.output.replace("│", " ").split())
 
 
 def test_names_what_dropped(make_run):

@@ -279,6 +279,13 @@ def test_auto_drives_only_those_that_ask_for_it(probes, tmp_path):
     assert made._sampler._raised == []
 
 
+@pytest.mark.parametrize(("strength", "given", "most"), [(1.0, {}, 8), ("auto", {}, 64), ("auto", {"most": 2}, 2)])
+def test_a_strength_that_nobody_chose_may_move_further(probes, tmp_path, strength, given, most):
+    tight = budget(probes, drift=1e-6, **given)
+    made = train([Distill(rows="all", strength=strength)], tmp_path, steps=20, budget=tight)
+    assert made.budget.standing.dual["factor"] == made.stack.methods[0].boost == most
+
+
 def test_auto_without_a_budget_follows_the_usual_one_and_takes_no_last_step(tmp_path, monkeypatch, probes):
     made = trainer([Distill(rows="all", strength="auto")], tmp_path, steps=2)
     assert made.budget.settings == BudgetConfig()

@@ -27,7 +27,7 @@ from retain.functional.task_vectors import kept_entries, kth_magnitude, trim
 from retain.models.merge_recipe import Combining, Pieces, Recipe
 
 #: Where no setting is asked for. The tuned model (α = 1) and the base (α = 0) are asked anyway.
-SHARES = (0.25, 0.5, 0.7, 0.85)
+SHARES = (0.1, 0.25, 0.5, 0.7, 0.85)
 TRIMMED, DROPPED = (0.1, 0.3), (0.3,)
 REDUCED = (0.5, 1.0)
 #: Largest directions of a matrix among which intruders are looked for, and the cosine below which one is (as in PEFT).

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -36,6 +38,18 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
+
+
+def loss(text: str) -> float:
+    """What may be lost, as it is typed, for `typer.Option(parser=…)`: 0.01, 1% and 1pt are one point, 0 is none."""
+    from retain.settings import share
+
+    if text.strip() in ("0", "0.0", "0%"):
+        return 0.0
+    try:
+        return share(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: {error}.") from None
 
 
 def language_of(directory: Path) -> str:

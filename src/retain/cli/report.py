@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from retain.cli.common import loss
+
 
 def _schema(wanted: bool) -> None:
     if wanted:
@@ -22,7 +24,13 @@ def command(
     against: Annotated[list[str], typer.Option("--against", "-a", help="Other runs on the same base and probes.")] = [],  # noqa: B006
     lang: Annotated[str | None, typer.Option("--lang", help="Language: en or zh; that of the run by default.")] = None,
     fail_over: Annotated[
-        float | None, typer.Option("--fail-over", help="Exit with 1 when more than this was lost: 0.02 is 2 points.")
+        float | None,
+        typer.Option(
+            "--fail-over",
+            parser=loss,
+            metavar="<loss>",
+            help="Exit with 1 when more than this was lost: 2%, 2pt or 0.02 is two points.",
+        ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 as well when there are too few items.")] = False,
     card: Annotated[str | None, typer.Option("--card", help="Write a model card for the hub to this file.")] = None,
@@ -42,8 +50,6 @@ def command(
     from retain.results import load_results
 
     place = Path(run)
-    if fail_over is not None and not 0 <= fail_over <= 1:
-        raise ConfigError(f"--fail-over: {fail_over:g} is no share of the score. Give 0 to 1: 0.02 is 2 points.")
     if strict and fail_over is None:
         raise ConfigError("--strict: without a limit it has no effect. Give one with --fail-over.")
     alone = place.is_file()

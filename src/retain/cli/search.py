@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from retain.cli.common import loss
+
 if TYPE_CHECKING:
     from retain.advice.search import Search, Units
 
@@ -24,7 +26,12 @@ def command(
     points: Annotated[int, typer.Option(min=2, help="Of a grid: values of each range.")] = 5,
     lose_at_most: Annotated[
         float | None,
-        typer.Option("--lose-at-most", min=0, help="Choose by this loss (0.02: 2 points); raise until it."),
+        typer.Option(
+            "--lose-at-most",
+            parser=loss,
+            metavar="<loss>",
+            help="Choose by this loss (2%, 2pt or 0.02: two points); raise until it.",
+        ),
     ] = None,
     learn_at_least: Annotated[
         float | None, typer.Option("--learn-at-least", help="Of raise: stop where less is learned.")

@@ -55,4 +55,5 @@ class LabelSmoothing(Method):
             return None
         head = Head(*params.head(run.model), *params.logit_rules(run.model))
         margin = label_margin(batch.hidden[:, :-1][mask], head, batch.labels[:, 1:][mask])
-        return self.config.strength * margin.sum()
+        # a budget or a monitor may multiply it: beyond 1 the label would be the least likely token
+        return min(self.config.strength, 1 / self.boost) * margin.sum()

@@ -15,6 +15,9 @@ from retain.methods.context import Run
 from retain.models import layer_strengths, params
 from retain.models.pull import Pull
 
+#: Learning rate · strength · steps at which `strength: auto` begins in the proximal form: a strong hold begins there.
+HOLD = 1.0
+
 
 class Pulling(Method):
     """A method whose pull is ½ · strength · Σ F (θ − θ*)²; a subclass calls `hold` when the task starts."""
@@ -62,7 +65,7 @@ class Pulling(Method):
     def hold(self, model: torch.nn.Module, run: Run, importance: params.Tensors | None = None) -> None:
         """Anchor the weights where they are, F = 1 without an importance, and check that the pull can be followed."""
         c, where = self.config, f"methods.{self.name}"
-        self._strength = self._over_task()
+        self._strength, self._rate = self._over_task(), run.learning_rate
         ends = (2.0, 0.5) if c.by_layer is True else tuple(c.by_layer) if c.by_layer else None
         factors = layer_strengths.factors(model, ends, c.patterns, where) if ends or c.patterns else None
         self.pull = Pull(model, run.start, importance, factors)
@@ -76,7 +79,14 @@ class Pulling(Method):
 
     def strength(self, run: Run) -> float:
         """The strength in this step."""
-        return self.boost * self._strength(min(1.0, run.step / run.max_steps) if run.max_steps > 0 else 0.0)
+        value = self._strength(min(1.0, run.step / run.max_steps) if run.max_steps > 0 else 0.0)
+        return self.boost * self._begins(run) * value
+
+    def _begins(self, run: Run) -> float:
+        """The factor that `strength: auto` begins with. What a strength does in the proximal form depends on rate and
+        steps, over many orders of magnitude; in the gradient form Adam rescales it."""
+        way = self._rate * run.max_steps * self.config.strength
+        return HOLD / way if self.auto and self.config.form == "proximal" and way > 0 else 1.0
 
     def edit_gradients(self, model: torch.nn.Module, run: Run) -> None:
         value = self.pull.before_step(self.strength(run), self.config.form, run.logging_now)

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 Source = str | Path | Probe
 BESIDE = "budget/"  # before the names of the last look's weights in a checkpoint
 BEFORE = "before.parquet"
+#: Largest factor on strengths that a person chose, and on those that are found.
+MOST, MOST_AUTO = 8.0, 64.0
 
 
 class ForgettingBudget(TrainerCallback):
@@ -108,7 +110,7 @@ class ForgettingBudget(TrainerCallback):
         self._places = (folder, log)
         self.task, self.follow, self.tokenizer, self.settles = task, follow, tokenizer, settle
         self.say = say or logger.warning
-        self.dual = maths.Dual(c.gain, c.least, c.most)
+        self.dual = maths.Dual(c.gain, c.least, c.most or MOST)
         self.standing = Standing()
         self.outcome: Budget | None = None
         self.trainer: Any = None
@@ -140,6 +142,8 @@ class ForgettingBudget(TrainerCallback):
                 self.control.check()
         trainer.add_callback(self)
         self.trainer = trainer
+        if self.settings.most is None and any(m.auto for m in trainer.stack.methods):
+            self.dual = self.dual._replace(most=MOST_AUTO)
         return self
 
     # -- events --------------------------------------------------------------------------------------------

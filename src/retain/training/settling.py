@@ -84,7 +84,7 @@ def settle(budget: ForgettingBudget, model: Any, run: Any) -> Budget | None:
         taken_back=standing.taken,
         items_needed=needed,
     )
-    outcome = outcome.model_copy(update={"advice": advice(outcome, budget.driven, c)})
+    outcome = outcome.model_copy(update={"advice": advice(outcome, budget.driven, budget.dual.most)})
     way.go(hosts.from_main(share))
     write_text(place(budget.folder, budget.task), outcome.model_dump_json(indent=1) + "\n")
     budget.say(f"{budget.task}: {in_words(outcome)}" if budget.task else in_words(outcome))
@@ -109,8 +109,13 @@ def in_words(outcome: Budget) -> str:
     )
 
 
-def advice(outcome: Budget, driven: list[str], settings: Any) -> list[str]:
-    """What would let more of what was learned stay, from what was seen; none where all of it does."""
+def advice(outcome: Budget, driven: list[str], most: float) -> list[str]:
+    """What would let more of what was learned stay, from what was seen; none where all of it does.
+
+    Args:
+        driven: what followed the drift.
+        most: the largest factor that it could have.
+    """
     if outcome.share == 1:
         return []
     end = next(p for p in outcome.points if p.share == 1)
@@ -122,9 +127,9 @@ def advice(outcome: Budget, driven: list[str], settings: Any) -> list[str]:
         )
     lost = end.loss is not None and end.loss.value > outcome.lose_at_most
     lost = lost or (end.nats is not None and end.nats > outcome.lose_at_most_nats)
-    strained = bool(driven) and outcome.factor >= settings.most
+    strained = bool(driven) and outcome.factor >= most
     if strained:
-        lines.append(f"{' and '.join(driven)} stronger: the factor ended at its largest ({settings.most:g})")
+        lines.append(f"{' and '.join(driven)} stronger: the factor ended at its largest ({most:g})")
     if lost and "replay" not in driven:
         lines.append("replay: rows that stand for old data, which nothing here mixes in by the budget")
     elif strained or lost:
