@@ -96,6 +96,20 @@ def test_the_recommended_trial():
     assert choose([tried(0, 0.5, 0.1, state="failed")]) is None
 
 
+@pytest.mark.parametrize(
+    ("half", "best"),
+    [
+        (0.01, 0),  # 0.40 surely learned less than 0.45
+        (0.15, 1),  # one standard error is 0.077: these test rows cannot tell them apart, and it lost less
+        (0.9, 1),  # nothing can be told apart, but less than half is never taken
+    ],
+)
+def test_a_lead_that_may_be_luck_is_not_worth_a_loss(half, best):
+    trials = [tried(0, 0.45, 0.2), tried(1, 0.40, 0.1), tried(2, 0.2, 0.0)]
+    wide = [t.model_copy(update={"learned": about(t.learned.value, half)}) for t in trials]
+    assert choose(wide)[0].number == best
+
+
 def test_steps_that_were_saved():
     trials = [tried(0, 0, 0), tried(1, 0, 0, steps=80), tried(2, 0, 0, steps=30, state="hopeless")]
     trials.append(tried(3, 0, 0, steps=10, state="failed"))

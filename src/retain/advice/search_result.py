@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from retain.advice.search import Say, Search, Units, standing
 from retain.config import dump
@@ -19,11 +20,17 @@ from retain.results import Estimate, write_text
 from retain.rundir import RunDirectory
 
 
-def choose(trials: Sequence[Tried], lose_at_most: float | None = None) -> tuple[Tried, Rule] | None:
+def choose(
+    trials: Sequence[Tried], lose_at_most: float | None = None, confidence: float = 0.95
+) -> tuple[Tried, Rule] | None:
     """The recommended trial, and by which rule; None where none finished.
 
     With a limit: who learned the most among those that lost no more. Without: who lost the least among those that
-    learned 95 % of the most.
+    learned 95 % of the most, or half of it and no less than one standard error below it (Breiman et al. 1984,
+    Classification and Regression Trees, §3.4.3): what test rows cannot tell apart is not worth a loss.
+
+    Args:
+        confidence: of the intervals in the trials.
     """
     done = [t for t in trials if t.state == "finished" and t.learned is not None and t.lost is not None]
     if not done:
@@ -42,10 +49,13 @@ def choose(trials: Sequence[Tried], lose_at_most: float | None = None) -> tuple[
         if within:
             return max(within, key=lambda t: (learned(t), -lost(t))), "rule_limit"
         return min(done, key=lambda t: (lost(t), -learned(t))), "rule_over"
-    most = max(map(learned, done))
-    if most <= 0:
-        return max(done, key=lambda t: (learned(t), -lost(t))), "rule_most"
-    enough = [t for t in done if learned(t) >= ENOUGH * most]
+    first = max(done, key=lambda t: (learned(t), -lost(t)))
+    if learned(first) <= 0:
+        return first, "rule_most"
+    assert first.learned is not None
+    error = (first.learned.high - first.learned.low) / 2 / float(stats.norm.ppf((1 + confidence) / 2))
+    least = min(ENOUGH * learned(first), max(learned(first) - error, learned(first) / 2))
+    enough = [t for t in done if learned(t) >= least]
     return min(enough, key=lambda t: (lost(t), -learned(t))), "rule_share"
 
 
@@ -71,7 +81,7 @@ def conclude(search: Search, units: Units, confirm: int = 0, say: Say = print) -
     study = search.study()
     trials, config = study.tried(), search.config
     with speaking(config.language):
-        chosen = choose(trials, search.lose_at_most)
+        chosen = choose(trials, search.lose_at_most, config.probes.confidence)
         found = Found(
             name=config.title,
             model=config.model.name,
