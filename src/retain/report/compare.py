@@ -229,7 +229,9 @@ def _html(standings: Sequence[Standing], folder: Path, picture: Picture | None) 
 
 
 def _about(results: Results) -> str:
-    """Methods, seed and time of a run in a line."""
+    """Methods, seed and time of a run in a line; of a model that was not trained here, only what was done to it."""
+    if not results.training:
+        return ", ".join(results.methods)
     time = wording.duration(math.fsum(s.seconds for s in results.training))
     return say("compare.about", methods=methods(results), seed=results.seed, time=time)
 
