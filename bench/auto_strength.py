@@ -35,7 +35,7 @@ _TEXT = """# A strength that nobody has to choose
 
 Written by `python bench/auto_strength.py --seeds {seeds}`.
 The small world of [two_tasks.md](two_tasks.md), in which plain training loses nearly everything. With `strength: auto`
-a method begins at its usual strength, and its factor (1/8 to 64) follows the drift from the base, with a budget for
+a method begins at its usual strength, and its factor (1/8 to 32) follows the drift from the base, with a budget for
 each of the two tasks; what it is on are the questions that the task could overwrite. No last step is taken. The grid is
 the strength of the method's example times 0.01, 0.1, 1, 10 and 100 (3 and 9 in place of the last two where it must be
 below 1).

@@ -238,7 +238,7 @@ class BudgetConfig(Settings):
     least: float = Field(0.125, gt=0, le=1)
     """Smallest factor on the strengths."""
     most: float | None = Field(None, ge=1, allow_inf_nan=False)
-    """Largest factor on the strengths, and on the replay share as far as a batch has room. Not given: 8, and 64 where a
+    """Largest factor on the strengths, and on the replay share as far as a batch has room. Not given: 8, and 32 where a
     method has `strength: auto`, as nobody chose what it begins with."""
     jump: float = Field(0.5, gt=0, allow_inf_nan=False)
     """A rise of the drift between two looks above this share of the limit, or of the drift before if that is larger, is

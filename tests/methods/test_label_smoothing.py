@@ -35,8 +35,8 @@ def test_value_and_gradient_are_torchs(kind, share):
         torch.testing.assert_close(slope, truth, rtol=1e-7, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize(("boost", "share"), [(4.0, 0.4), (64.0, 1.0)])
-def test_a_boost_takes_it_to_even_labels_at_most(boost, share):
+@pytest.mark.parametrize(("boost", "share"), [(4.0, 0.4), (64.0, 0.9)])
+def test_a_boost_leaves_something_to_be_learned(boost, share):
     """The stack multiplies by the boost; above 1 the label itself would be unlearned."""
     model = family_model("llama").double()
     ids, labels = labelled()

@@ -279,7 +279,7 @@ def test_auto_drives_only_those_that_ask_for_it(probes, tmp_path):
     assert made._sampler._raised == []
 
 
-@pytest.mark.parametrize(("strength", "given", "most"), [(1.0, {}, 8), ("auto", {}, 64), ("auto", {"most": 2}, 2)])
+@pytest.mark.parametrize(("strength", "given", "most"), [(1.0, {}, 8), ("auto", {}, 32), ("auto", {"most": 2}, 2)])
 def test_a_strength_that_nobody_chose_may_move_further(probes, tmp_path, strength, given, most):
     tight = budget(probes, drift=1e-6, **given)
     made = train([Distill(rows="all", strength=strength)], tmp_path, steps=20, budget=tight)

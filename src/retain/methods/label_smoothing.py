@@ -29,6 +29,9 @@ from retain.methods.base import Method, MethodConfig
 from retain.methods.context import Batch, Run
 from retain.models import params
 
+#: Largest strength that a boost leads to.
+MOST = 0.9
+
 
 class LabelSmoothing(Method):
     """Cross-entropy with smoothed labels, without logits."""
@@ -55,5 +58,6 @@ class LabelSmoothing(Method):
             return None
         head = Head(*params.head(run.model), *params.logit_rules(run.model))
         margin = label_margin(batch.hidden[:, :-1][mask], head, batch.labels[:, 1:][mask])
-        # a budget or a monitor may multiply it: beyond 1 the label would be the least likely token
-        return min(self.config.strength, 1 / self.boost) * margin.sum()
+        # a budget or a monitor may multiply it: at 1 nothing is learned, beyond it the label is unlearned
+        most = max(self.config.strength, MOST)
+        return min(self.config.strength, most / self.boost) * margin.sum()

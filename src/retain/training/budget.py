@@ -42,7 +42,7 @@ Source = str | Path | Probe
 BESIDE = "budget/"  # before the names of the last look's weights in a checkpoint
 BEFORE = "before.parquet"
 #: Largest factor on strengths that a person chose, and on those that are found.
-MOST, MOST_AUTO = 8.0, 64.0
+MOST, MOST_AUTO = 8.0, 32.0
 
 
 class ForgettingBudget(TrainerCallback):
