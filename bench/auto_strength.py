@@ -36,9 +36,10 @@ _TEXT = """# A strength that nobody has to choose
 Written by `python bench/auto_strength.py --seeds {seeds}`.
 The small world of [two_tasks.md](two_tasks.md), in which plain training loses nearly everything. With `strength: auto`
 a method begins at its usual strength, and its factor (1/8 to 32) follows the drift from the base, with a budget for
-each of the two tasks; what it is on are the questions that the task could overwrite. No last step is taken. The grid is
-the strength of the method's example times 0.01, 0.1, 1, 10 and 100 (3 and 9 in place of the last two where it must be
-below 1).
+each of the two tasks; what it is on are the questions that the task could overwrite. The grid is the strength of the
+method's example times 0.01, 0.1, 1, 10 and 100 (3 and 9 in place of the last two where it must be below 1). By its
+factor alone a method often ends above its budget (*lost*); that is what the last step is for, which is left out here so
+that strengths are compared with strengths.
 
 - **learned**, **lost**: as there, in points.
 - **grid, same loss**: what the best settings of the grid learn *where they lose as much*, chosen with hindsight on
@@ -47,6 +48,8 @@ below 1).
 - **verdict**: *worse* where auto both learns less at the same loss and loses more at the same learned, beyond the
   intervals; *better* likewise; *as good* otherwise.
 - Brackets are 95 % intervals over seeds and items.
+
+{summary}
 
 {table}
 
@@ -100,15 +103,24 @@ def compared(auto: Point, grid: Sequence[Point]) -> tuple[Interval, Interval, st
 def page(measured: dict[str, tuple[list[Point], list[Point]]], seeds: Sequence[int]) -> str:
     """The text of docs/auto_strength.md: method → (grid, auto)."""
     head = ("method", "budget", "learned", "lost", "learned − grid, same loss", "lost − grid, same learned", "verdict")
+    words, against, aside = [], 0, 0
     rows, grid_rows = [head, ("---",) * len(head)], [("method", "setting", "learned", "lost"), ("---",) * 4]
     for name, (grid, auto) in measured.items():
         for point in auto:
             more, less, word = compared(point, grid)
+            words.append(word.strip("*"))
+            against += (more.high < 0) != (less.low > 0)
+            aside += (more.low > 0) != (less.high < 0)
             numbers = (interval(point.new), interval(point.lost), more, less)
             rows.append((f"`{name}`", point.label.rpartition(" ")[2], *map(points, numbers), word))
         for point in grid:
             grid_rows.append((f"`{name}`", point.label, points(interval(point.new)), points(interval(point.lost))))
-    return _TEXT.format(seeds=" ".join(map(str, seeds)), table=_markdown(rows), grid=_markdown(grid_rows))
+    summary = (
+        f"**Worse in {words.count('worse')} of {len(words)}**, better in {words.count('better')}. One of both numbers "
+        f"alone speaks against auto in {against}, and for it in {aside}."
+    )
+    found = {"table": _markdown(rows), "grid": _markdown(grid_rows), "summary": summary}
+    return _TEXT.format(seeds=" ".join(map(str, seeds)), **found)
 
 
 def points(found: Interval) -> str:

@@ -124,3 +124,17 @@ def test_the_grid_is_around_the_strength_of_the_example():
     strengths = [next(e for e in setting["recipe"] if "ewc" in e)["ewc"]["strength"] for setting in grid]
     assert np.allclose(np.diff(np.log10(strengths)), 1)
     assert {next(e for e in setting["recipe"] if "ewc" in e)["ewc"]["strength"] for setting in auto} == {"auto"}
+
+
+def test_the_grid_stays_below_one_where_a_strength_must():
+    grid, _ = auto_strength.settings("label_smoothing")
+    strengths = [next(e for e in setting["recipe"] if "label_smoothing" in e) for setting in grid]
+    assert [s["label_smoothing"]["strength"] for s in strengths] == [0.001, 0.01, 0.1, 0.3, 0.9]
+
+
+def test_the_page_counts_verdicts():
+    grid = [point(0.3, 0.2, 1), point(0.6, 0.5, 2), point(0.9, 0.8, 3)]
+    autos = [point(*auto, seed=4) for auto in ((0.9, 0.2), (0.3, 0.8), (0.6, 0.5))]
+    text = auto_strength.page({"ewc": (grid, autos)}, [0, 1])
+    assert "**Worse in 1 of 3**, better in 1." in text
+    assert text.count("| `ewc` |") == 6
