@@ -97,17 +97,18 @@ def test_the_recommended_trial():
 
 
 @pytest.mark.parametrize(
-    ("half", "best"),
+    ("weights", "best"),
     [
-        (0.01, 0),  # 0.40 surely learned less than 0.45
-        (0.15, 1),  # one standard error is 0.077: these test rows cannot tell them apart, and it lost less
-        (0.9, 1),  # nothing can be told apart, but less than half is never taken
+        ((0.6, 0.4), 1),  # 0.196 − 0.06, against 0.2 − 0.12 and 0.16 − 0.072
+        ((0.0, 1.0), 0),
+        ((0.9, 0.1), 2),  # number 3 lost nothing, but learned less than half of the most
+        ((1.0, 0.0), 2),
     ],
 )
-def test_a_lead_that_may_be_luck_is_not_worth_a_loss(half, best):
-    trials = [tried(0, 0.45, 0.2), tried(1, 0.40, 0.1), tried(2, 0.2, 0.0)]
-    wide = [t.model_copy(update={"learned": about(t.learned.value, half)}) for t in trials]
-    assert choose(wide)[0].number == best
+def test_the_best_balance_of_those_that_learned_something(weights, best):
+    trials = [tried(0, 0.50, 0.20), tried(1, 0.49, 0.10), tried(2, 0.40, 0.08), tried(3, 0.2, 0.0)]
+    chosen, rule = choose(trials, weights=weights)
+    assert (chosen.number, rule) == (best, "rule_balance")
 
 
 def test_steps_that_were_saved():
@@ -123,8 +124,8 @@ def test_who_is_beaten_is_never_recommended():
         trials = [tried(i, *pair) for i, pair in enumerate(draw.integers(-2, 5, (6, 2)) / 5)]
         gone = {t.number for t in beaten(trials)}
         assert len(gone) < len(trials)
-        for limit in (None, 0.0, 0.3):
-            chosen = choose(trials, limit)
+        for limit, weights in ((None, None), (0.0, None), (0.3, None), (None, (0.6, 0.4)), (None, (1.0, 0.0))):
+            chosen = choose(trials, limit, weights)
             assert chosen is not None
             assert chosen[0].number not in gone
     assert [t.number for t in beaten([tried(0, 0.5, 0.1), tried(1, 0.5, 0.2), tried(2, 0.5, 0.1)])] == [1]

@@ -8,29 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from retain.advice.search import Say, Search, Units, standing
 from retain.config import dump
 from retain.pipeline import run
 from retain.report import search as page
 from retain.report.language import speaking
-from retain.report.search import ENOUGH, Again, Found, Rule, Tried
+from retain.report.search import ENOUGH, SOME, Again, Found, Rule, Tried
 from retain.results import Estimate, write_text
 from retain.rundir import RunDirectory
 
 
 def choose(
-    trials: Sequence[Tried], lose_at_most: float | None = None, confidence: float = 0.95
+    trials: Sequence[Tried], lose_at_most: float | None = None, weights: tuple[float, float] | None = None
 ) -> tuple[Tried, Rule] | None:
     """The recommended trial, and by which rule; None where none finished.
 
-    With a limit: who learned the most among those that lost no more. Without: who lost the least among those that
-    learned 95 % of the most, or half of it and no less than one standard error below it (Breiman et al. 1984,
-    Classification and Regression Trees, §3.4.3): what test rows cannot tell apart is not worth a loss.
+    With a limit: who learned the most among those that lost no more. Without: who has the best balance, of those that
+    learned half of the most or more; without weights, who lost the least of those that learned 95 % of the most.
 
     Args:
-        confidence: of the intervals in the trials.
+        weights: of what was kept and of what was learned, where both are shares of a score.
     """
     done = [t for t in trials if t.state == "finished" and t.learned is not None and t.lost is not None]
     if not done:
@@ -49,14 +47,14 @@ def choose(
         if within:
             return max(within, key=lambda t: (learned(t), -lost(t))), "rule_limit"
         return min(done, key=lambda t: (lost(t), -learned(t))), "rule_over"
-    first = max(done, key=lambda t: (learned(t), -lost(t)))
-    if learned(first) <= 0:
-        return first, "rule_most"
-    assert first.learned is not None
-    error = (first.learned.high - first.learned.low) / 2 / float(stats.norm.ppf((1 + confidence) / 2))
-    least = min(ENOUGH * learned(first), max(learned(first) - error, learned(first) / 2))
-    enough = [t for t in done if learned(t) >= least]
-    return min(enough, key=lambda t: (lost(t), -learned(t))), "rule_share"
+    most = max(map(learned, done))
+    if most <= 0:
+        return max(done, key=lambda t: (learned(t), -lost(t))), "rule_most"
+    enough = [t for t in done if learned(t) >= (SOME if weights else ENOUGH) * most]
+    if weights is None:
+        return min(enough, key=lambda t: (lost(t), -learned(t))), "rule_share"
+    keep, learn = weights
+    return max(enough, key=lambda t: (learn * learned(t) - keep * lost(t), learned(t))), "rule_balance"
 
 
 def saved(trials: Sequence[Tried]) -> float | None:
@@ -81,7 +79,9 @@ def conclude(search: Search, units: Units, confirm: int = 0, say: Say = print) -
     study = search.study()
     trials, config = study.tried(), search.config
     with speaking(config.language):
-        chosen = choose(trials, search.lose_at_most, config.probes.confidence)
+        weights = (config.verdict.keep_weight, config.verdict.learn_weight)
+        scores = units.learned == units.lost == "points"
+        chosen = choose(trials, search.lose_at_most, weights if scores else None)
         found = Found(
             name=config.title,
             model=config.model.name,

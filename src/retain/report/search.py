@@ -17,11 +17,12 @@ from retain.report.language import say
 from retain.results import Estimate, write_text
 
 Unit = Literal["points", "nats per token"]
-#: How a trial was chosen: the least lost of those that learned enough, or the most learned within a limit; where there
-#: is none such, the least lost at all, or the most learned.
-Rule = Literal["rule_share", "rule_limit", "rule_over", "rule_most"]
-#: Of the most that a trial learned: who learned as much is asked how little it lost.
-ENOUGH = 0.95
+#: How a trial was chosen: the best balance of those that learned some, or the least lost of those that learned enough
+#: (where a number is in nats), or the most learned within a limit; where there is none such, the least lost at all, or
+#: the most learned.
+Rule = Literal["rule_balance", "rule_share", "rule_limit", "rule_over", "rule_most"]
+#: Of the most that a trial learned: who learned as much is asked how little it lost, or for its balance.
+ENOUGH, SOME = 0.95, 0.5
 #: How trials end, and the text that counts them.
 _COUNTS = {
     "finished": "count_finished",
@@ -195,7 +196,8 @@ def amount(number: Estimate | None, unit: Unit) -> str:
 def rule(found: Found) -> str:
     """By which rule the recommended trial was chosen, in words."""
     scale = 100 if found.lost_unit == "points" else 1
-    share, limit = wording.percent(f"{100 * ENOUGH:g}"), f"{scale * (found.limit or 0):g}"
+    enough = SOME if found.rule == "rule_balance" else ENOUGH
+    share, limit = wording.percent(f"{100 * enough:g}"), f"{scale * (found.limit or 0):g}"
     return say(f"search.{found.rule}", share=share, limit=limit, unit=_unit(found.lost_unit))
 
 
