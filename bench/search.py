@@ -1,6 +1,6 @@
 """What a search finds on the small world: two objectives (TPE), at random, and on a grid of the same number of trials.
 
-    python bench/search.py --write docs/search.md
+    python bench/search.py --seeds 0 1 2 --write docs/search.md
 
 A model that knows A learns B, then C (bench/small_world.py). Varied are the strengths of `l2sp` and `distill`, the
 share of replay and the learning rate. The number that is compared is the hypervolume: the area of learned (0 to 1)
@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import small_world
+from scipy import stats
 
 from retain.advice.search import Search, prepare, work
 from retain.advice.search_result import conclude
@@ -121,13 +123,28 @@ def table(found: Sequence[tuple[str, int, Found]]) -> str:
         best = next(t for t in one.trials if t.number == one.best)
         assert best.learned is not None
         assert best.lost is not None
-        numbers = f"learned {100 * best.learned.value:.1f}, lost {100 * best.lost.value:.1f}"
+        numbers = ", ".join(
+            f"{word} {round(100 * one.value, 1) + 0:.1f}"
+            for word, one in (("learned", best.learned), ("lost", best.lost))
+        )
         saved = f"{100 * (one.steps_saved or 0):.0f} %"
         rows.append(
             f"| {MODES[mode]} | {seed} | {len(one.trials)} | {early} | {saved} | {len(on_front(one.trials))} "
             f"| {hypervolume(one.trials):.3f} | {numbers} |"
         )
-    return "\n".join(rows)
+    return "\n".join(rows) + means(found)
+
+
+def means(found: Sequence[tuple[str, int, Found]]) -> str:
+    """The hypervolume of every mode over the seeds, with Student's interval; nothing where there is one seed."""
+    volumes = {mode: [hypervolume(one.trials) for name, _, one in found if name == mode] for mode, _, _ in found}
+    if min(map(len, volumes.values())) < 2:
+        return ""
+    said = []
+    for mode, values in volumes.items():
+        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+        said.append(f"{MODES[mode]} {np.mean(values):.2f} ± {half:.2f}")
+    return f"\n\nHypervolume, mean over the seeds with its 95 % interval: {', '.join(said)}."
 
 
 def main(words: list[str] | None = None) -> None:
