@@ -144,7 +144,9 @@ def repaired(name: str, tuned: Path, learned: Path, given: argparse.Namespace, s
         given.model, str(tuned), str(learned), keep, folder, limit=given.items, search=given.search,
         train_steps=given.train_steps, say=say,
     )  # fmt: skip
-    write(given.results / f"{name}.json", (folder / "repair.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / "repair.json").read_text(encoding="utf-8"))
+    found |= {"tuned": name, "folder": ""}  # places on this machine say nothing
+    write(given.results / f"{name}.json", json.dumps(found, indent=1) + "\n")
     for form in ("model", "adapter"):  # its numbers are what is wanted
         shutil.rmtree(folder / form, ignore_errors=True)
 

@@ -92,7 +92,7 @@ class Pulling(Method):
         value = self.pull.before_step(self.strength(run), self.config.form, run.logging_now)
         if value is not None:
             run.log(f"loss/{self.name}", value)
-            if self.config.schedule != "constant" or self.boost != 1:
+            if self.auto or self.config.schedule != "constant" or self.boost != 1:
                 run.log(f"{self.name}/strength", self.strength(run))
 
     def on_step_end(self, model: torch.nn.Module, run: Run) -> None:
