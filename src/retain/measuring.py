@@ -93,20 +93,46 @@ def origin_of(name: str) -> Any:
     return Origin(lambda: base_of_run(name, _device()), RunDirectory(name).base_outputs, keep=False)
 
 
+def asked_in_half(names: Sequence[str]) -> bool:
+    """Whether models are asked in bfloat16: as the first run among them was, without any where the machine computes it.
+
+    Rounding differs between the two, and what is set against each other is asked alike.
+    """
+    from retain.models.params import computes_bf16
+
+    runs = [name for name in names if (Path(name) / "run.yaml").is_file()]
+    usual = computes_bf16(_device())
+    if not runs:
+        return usual
+    config = RunDirectory(runs[0]).read_config()
+    if config.probes.precision != "auto":
+        return config.probes.precision == "bfloat16"
+    return bool(config.train.get("bf16", usual and not config.train.get("fp16")))
+
+
 def answers(
-    model: Any, tokenizer: Any, probes: Sequence[Any], progress: Progress = lambda n: None, origin: Any = None
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Any],
+    progress: Progress = lambda n: None,
+    origin: Any = None,
+    half: bool | None = None,
 ) -> list[Any]:
-    """Item rows of a model, asked where there is an accelerator, in bfloat16 where it computes that."""
+    """Item rows of a model, asked where there is an accelerator.
+
+    Args:
+        origin: the base, for probes that compare with it.
+        half: in bfloat16; where the machine computes that if not given.
+    """
     import torch
 
-    from retain.models.params import computes_bf16
     from retain.probes.asking import ask
     from retain.probes.base import Subject
 
     device = _device()
     if not getattr(model, "is_quantized", False):
         model.to(device)
-    with torch.autocast(device, torch.bfloat16, computes_bf16(device)):
+    with torch.autocast(device, torch.bfloat16, asked_in_half(()) if half is None else half):
         return ask(probes, Subject(model, tokenizer, origin=origin), progress)
 
 
@@ -153,10 +179,11 @@ def compare_models(
     infos = [probe.info("reference") for probe in probes]
     labels, tables = _labels(names), []
     origin = Origin(lambda: open_model(names[0])[0].to(_device()), folder / "answers" / "base")
+    half = asked_in_half(names)
     base = ""  # whose weights the answers of others depend on, where a probe compares with them
     for label, name in zip(labels, names):
         path = folder / "answers" / f"{label}.parquet"
-        rows, stamp = _asked(name, probes, path, say, watched, origin, base)
+        rows, stamp = _asked(name, probes, path, say, watched, origin, base, half)
         tables.append(rows)
         if any(probe.kind == "divergence" for probe in probes):
             base = base or stamp
@@ -174,14 +201,18 @@ def compare_models(
     return places
 
 
-def _asked(name: str, probes: Sequence[Any], path: Path, say: Say, watched: Any, origin: Any, base: str) -> Any:
+def _asked(
+    name: str, probes: Sequence[Any], path: Path, say: Say, watched: Any, origin: Any, base: str, half: bool
+) -> Any:
     """(answers, what they depend on): those kept in `path` where weights, template, base and questions are the same."""
     from retain.models.own_rows import fingerprint
 
     model, tokenizer = open_model(name)
     template = getattr(tokenizer, "chat_template", None) or ""
     asked = json.dumps([(p.name, p.kind, p.options, [(i.id, i.fields) for i in p.items]) for p in probes], default=str)
-    stamp = hashlib.blake2b(f"{fingerprint(model)} {template} {asked} {base}".encode(), digest_size=16).hexdigest()
+    stamp = hashlib.blake2b(
+        f"{fingerprint(model)} {template} {asked} {base} {half}".encode(), digest_size=16
+    ).hexdigest()
     about = path.with_suffix(".json")
     if path.is_file() and about.is_file() and json.loads(about.read_text()) == stamp:
         say(f"{name}: answers from before, {path}.")
@@ -191,7 +222,7 @@ def _asked(name: str, probes: Sequence[Any], path: Path, say: Say, watched: Any,
     with (
         nullcontext(lambda n: None) if watched is None else watched(name, sum(len(p.items) for p in probes)) as progress
     ):
-        rows = answers(model, tokenizer, probes, progress, origin)
+        rows = answers(model, tokenizer, probes, progress, origin, half)
     about.unlink(missing_ok=True)
     save_items(rows, path)
     write_text(about, json.dumps(stamp) + "\n")  # last: it says that the answers are whole

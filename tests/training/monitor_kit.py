@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
 from training_kit import rows, stored
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from retain.probes.base import Subject
@@ -92,10 +91,13 @@ OTHER = [{"role": "assistant", "content": "sea cold ships land"}]
 
 
 def kept(folder: Path, probes: str) -> None:
-    """A training with a checkpoint at every look, which goes on from the newest; leaves `end.safetensors`."""
+    """A training with a checkpoint at every look, which goes on from the newest whole one (the host writes its state
+    last); leaves `end.safetensors`."""
     monitor = ForgettingMonitor(every=2, probes_every=2, probes=[probes], anchors=TEXTS, checkpoint=True)
     made = host("sft", folder, [monitor], max_steps=14, learning_rate=1e-2)
-    made.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda place: int(place.name.rpartition("-")[2]), default=None)
+    made.train(resume_from_checkpoint=None if newest is None else str(newest))
     save_file({k: v.contiguous() for k, v in stored(made.model).items()}, folder / "end.safetensors")
 
 

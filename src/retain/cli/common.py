@@ -76,8 +76,11 @@ def probing(screen: Any, name: str, items: int) -> Iterator[Callable[[int], None
         yield lambda n: progress.update(job, advance=n)
 
 
-def answers(model: str, probes: Sequence[Any], screen: Any) -> list[dict[str, Any]]:
+def answers(model: str, probes: Sequence[Any], screen: Any, beside: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A model's item rows of all probes (`results.ITEM_COLUMNS`), with a progress bar; the model is then let go.
+
+    Args:
+        beside: the models that it is compared with: all are asked in the same arithmetic.
 
     Raises:
         ModelError, RunError: it cannot be loaded.
@@ -86,4 +89,6 @@ def answers(model: str, probes: Sequence[Any], screen: Any) -> list[dict[str, An
 
     opened = measuring.open_model(model)
     with probing(screen, model, sum(len(p.items) for p in probes)) as progress:
-        return measuring.answers(*opened, probes, progress, measuring.origin_of(model))
+        return measuring.answers(
+            *opened, probes, progress, measuring.origin_of(model), measuring.asked_in_half(beside or [model])
+        )

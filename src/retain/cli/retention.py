@@ -41,7 +41,7 @@ def command(
     texts = {
         (p.name, item.id): str(item.fields["prompt"]) for p in chosen for item in p.items if "prompt" in item.fields
     }
-    before, after = answers(base, chosen, out), answers(tuned, chosen, out)
+    before, after = (answers(model, chosen, out, (base, tuned)) for model in (base, tuned))
     report = retention.retention_report(base, tuned, before, after, infos, seed=seed, texts=texts)
     with speaking(lang):
         out.print(retention.shown(report))
