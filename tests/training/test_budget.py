@@ -231,8 +231,10 @@ def test_killed_and_resumed_equals_uninterrupted_also_from_an_earlier_checkpoint
 
 def test_killed_in_the_search_and_resumed_equals_uninterrupted(probes, tmp_path, monkeypatch):
     saving = {"steps": 4, "learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 4}
-    whole = train([], tmp_path / "whole", budget=budget(probes, 0.9, 0.02), **saving)
-    point = Control.point
+    point, ask, asked = Control.point, Control.ask, []
+    monkeypatch.setattr(Control, "ask", lambda self, *given: asked.extend(given[-1][:1]) or ask(self, *given))
+    whole = train([], tmp_path / "whole", budget=budget(probes, 0.9, 0.02, calibrate=0), **saving)
+    once = len(asked)
 
     def killed(self, share, answers):
         if share < 0.9:
@@ -244,10 +246,12 @@ def test_killed_in_the_search_and_resumed_equals_uninterrupted(probes, tmp_path,
         patch.setattr(Control, "point", killed)
         with pytest.raises(Killed):
             first.train()
-    again = trainer([], tmp_path / "killed", budget=budget(probes, 0.9, 0.02), **saving)
+    again = trainer([], tmp_path / "killed", budget=budget(probes, 0.9, 0.02, calibrate=0), **saving)
     again.train(resume_from_checkpoint=True)
     assert same_bits(stored(again.model), stored(whole.model))
     assert again.budget.outcome.points == whole.budget.outcome.points
+    assert len(asked) == 2 * once, "what was answered before the stop is not asked again"
+    assert not list(tmp_path.rglob("asked"))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -9,7 +10,8 @@ from accelerate import PartialState
 from retain.errors import ConfigError
 from retain.functional import budget as maths
 from retain.methods.base import Stack
-from retain.results import Budget, BudgetPoint, write_text
+from retain.models.own_rows import fingerprint
+from retain.results import Budget, BudgetPoint, load_items, save_items, write_text
 from retain.training import hosts
 from retain.training.control import Spread
 from retain.training.way import Way
@@ -17,6 +19,8 @@ from retain.training.way import Way
 if TYPE_CHECKING:
     from retain.training.budget import ForgettingBudget
 
+#: Answers until the outcome is known, under the folder of the budget.
+ASKED = "asked"
 #: Methods that keep something of the end for the next task before it is known where the model stays → why not.
 REFUSED = {
     "slao": "it merges the adapter that it hands to the next task by itself, and a share of the way is not in it",
@@ -37,7 +41,8 @@ def refuse(stack: Stack) -> None:
 def settle(budget: ForgettingBudget, model: Any, run: Any) -> Budget | None:
     """Search the share, leave the model there, write down what it came to; None on other processes than the main one.
 
-    The loss is that against the base of the whole run, so a later task has what earlier ones left.
+    The loss is that against the base of the whole run, so a later task has what earlier ones left. Answers are kept
+    until the outcome is written, by the weights that gave them: after a stop none is asked for again.
     """
     way, control = Way(model, run.start), budget.control
     device = next(iter(way.parameters.values())).device
@@ -47,18 +52,23 @@ def settle(budget: ForgettingBudget, model: Any, run: Any) -> Budget | None:
     spreads: list[Spread | None] = []
     gains: dict[float, float | None] = {}
 
-    def ask(share: float, probes: Any) -> list[dict[str, Any]]:
+    def ask(share: float, probes: Any, what: str) -> list[dict[str, Any]]:
         way.go(share)
-        return control.ask(model, budget.tokenizer, device, probes)
+        path = budget.folder / ASKED / f"{fingerprint(model)}-{what}.parquet"
+        rows = load_items(path) if path.is_file() else []
+        if [(row["probe"], row["item"]) for row in rows] != [(p.name, item.id) for p in probes for item in p.items]:
+            rows = control.ask(model, budget.tokenizer, device, probes)
+            save_items(rows, path)
+        return rows
 
     def point(share: float) -> BudgetPoint:
-        found, spread = control.point(share, ask(share, control.kept))
+        found, spread = control.point(share, ask(share, control.kept, "kept"))
         spreads.append(spread)
         return found
 
     def gain(share: float) -> float | None:
         if share not in gains:
-            gains[share] = control.gain(ask(share, control.learned)) if control.learned else None
+            gains[share] = control.gain(ask(share, control.learned, "learned")) if control.learned else None
         return gains[share]
 
     share, points = maths.largest_inside(point, budget.settings.tries, lambda end: control.guess(end, spreads[0]))
@@ -87,6 +97,7 @@ def settle(budget: ForgettingBudget, model: Any, run: Any) -> Budget | None:
     outcome = outcome.model_copy(update={"advice": advice(outcome, budget.driven, budget.dual.most)})
     way.go(hosts.from_main(share))
     write_text(place(budget.folder, budget.task), outcome.model_dump_json(indent=1) + "\n")
+    shutil.rmtree(budget.folder / ASKED, ignore_errors=True)
     budget.say(f"{budget.task}: {in_words(outcome)}" if budget.task else in_words(outcome))
     return outcome
 
