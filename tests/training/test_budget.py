@@ -300,6 +300,17 @@ def test_auto_without_a_budget_follows_the_usual_one_and_takes_no_last_step(tmp_
     assert len(records(tmp_path / "budget.jsonl")) == 2
 
 
+@pytest.mark.parametrize("name", ["ewc", "mas"])
+def test_auto_needs_units_in_which_its_beginning_means_something(name):
+    made = methods.load(name)(strength="auto", units="raw")
+    with pytest.raises(
+        ConfigError, match=rf"^methods\.{name}\.strength: 'auto' begins at 1, .* raw units\. Give a number"
+    ):
+        made.check()
+    methods.load(name)(strength="auto").check()
+    methods.load(name)(strength=1e4, units="raw").check()
+
+
 def test_auto_is_for_every_method_whose_strength_can_be_followed():
     made = [methods.load(name)() for name in methods.names()]
     assert [m.name for m in made if m.boosts and "strength" in type(m).Config.model_fields] == WITH_AUTO

@@ -51,6 +51,11 @@ class Remembering(Pulling):
 
     def check(self, tasks: Sequence[str] = ()) -> None:
         super().check(tasks)
+        if self.auto and getattr(self.config, "units", "normalised") == "raw":
+            raise ConfigError(
+                f"methods.{self.name}.strength: 'auto' begins at {self.config.strength:g}, which does nothing in raw "
+                "units. Give a number (`retain plan` shows the usual ones), or leave `units` out."
+            )
         place = self.config.importance
         if place is not None and not Path(place).exists():
             raise ConfigError(
