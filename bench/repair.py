@@ -124,7 +124,7 @@ def questions(name: str, data: Path, work: Path, items: int) -> Path:
 
 
 def kept(data: Path, work: Path, items: int) -> list[str]:
-    """Probes of what must be kept, for --keep: suites, and files of questions on real facts."""
+    """Probes of what must be kept, for `retain repair --keep`: suites, and files of questions on real facts."""
     rows = [row for half in halves(data).values() for row in half]
     found = []
     for probe in ASKED:
@@ -139,7 +139,7 @@ def repaired(name: str, tuned: Path, learned: Path, given: argparse.Namespace, s
     from retain.cli.repair import carry_out
 
     folder = given.work / "repairs" / name
-    keep = given.keep or kept(given.data, given.work, given.items)
+    keep = kept(given.data, given.work, given.items)
     carry_out(
         given.model, str(tuned), str(learned), keep, folder, limit=given.items, search=given.search,
         train_steps=given.train_steps, say=say,
@@ -172,7 +172,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--keep", nargs="+", help="other probes of what must be kept")
     parser.add_argument("--items", type=int, default=120, help="at most, per probe")
     parser.add_argument("--learned-items", type=int, default=160)
     parser.add_argument("--search", type=int, default=6, help="points of the search over groups")

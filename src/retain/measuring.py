@@ -105,9 +105,7 @@ def asked_in_half(names: Sequence[str]) -> bool:
     if not runs:
         return usual
     config = RunDirectory(runs[0]).read_config()
-    if config.probes.precision != "auto":
-        return config.probes.precision == "bfloat16"
-    return bool(config.train.get("bf16", usual and not config.train.get("fp16")))
+    return config.probes.in_half(config.train if {"bf16", "fp16"} & config.train.keys() else {"bf16": usual})
 
 
 def answers(

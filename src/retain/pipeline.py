@@ -197,13 +197,13 @@ class _Runner:
 
     def _answers(self, stage: str, index: int, probes: list[Any]) -> list[dict[str, Any]]:
         """What the model of a stage answers: kept before a number is made of it, and not asked for twice."""
-        from retain.probes.asking import ask
+        from retain.probes.asking import are_answers, ask
         from retain.probes.base import Origin, Subject
         from retain.training.watch import bar
 
         path = self.place.asked(stage)
         earlier = load_items(path) if path.is_file() else []
-        if [(r["probe"], r["item"]) for r in earlier] == [(p.name, item.id) for p in probes for item in p.items]:
+        if are_answers(earlier, probes):
             return earlier
         model = self._model_of(index)
         # a private run keeps no token of what the base was shown: it is asked anew
@@ -237,8 +237,7 @@ class _Runner:
     def _precision(self) -> Any:
         import torch
 
-        wanted = self.config.probes.precision
-        half = wanted == "bfloat16" or (wanted == "auto" and bool(self.plan.train.get("bf16")))
+        half = self.config.probes.in_half(self.plan.train)
         return torch.autocast(self._device(), torch.bfloat16, enabled=half)
 
     def _train(self, index: int, task: Task, stage: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
@@ -128,6 +129,10 @@ class ProbesConfig(Settings):
     """Arithmetic of the probes; auto is that of the training. All stages of a run are probed alike."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Confidence of every interval."""
+
+    def in_half(self, train: Mapping[str, Any]) -> bool:
+        """Whether the probes are asked in bfloat16, beside a training of these settings."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and bool(train.get("bf16")))
 
 
 class VerdictConfig(Settings):

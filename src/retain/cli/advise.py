@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retain.cli.common import loss
+from retain.cli.common import loss_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,14 +27,7 @@ def command(
     private: Annotated[bool | None, typer.Option("--private/--public", help="Keep no text of the rows.")] = None,
     tasks: Annotated[int | None, typer.Option(min=0, help="Tasks that will come after these.")] = None,
     serve: Annotated[str | None, typer.Option(help="How it will be used: adapters, merged or any.")] = None,
-    lose_at_most: Annotated[
-        float | None,
-        typer.Option(
-            parser=loss,
-            metavar="<loss>",
-            help="Of the old abilities: 1%, 1pt or 0.01 is one point.",
-        ),
-    ] = None,
+    lose_at_most: Annotated[float | None, loss_option("--lose-at-most", "Largest loss of the old abilities.")] = None,
     similarity: Annotated[float | None, typer.Option(help="Of new rows to what is known, 0 to 1; measured.")] = None,
     price: Annotated[float | None, typer.Option(help="Of an hour of this machine, to show what a run costs.")] = None,
     trial: Annotated[bool, typer.Option("--trial/--no-trial", help="Try a few real steps.")] = True,

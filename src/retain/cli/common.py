@@ -40,8 +40,17 @@ def quiet_libraries() -> None:
     hf_logging.set_verbosity_error()
 
 
-def loss(text: str) -> float:
-    """What may be lost, as it is typed, for `typer.Option(parser=…)`: 0.01, 1% and 1pt are one point, 0 is none."""
+def loss_option(name: str, meaning: str) -> Any:
+    """A Typer option for what may be lost, typed as 0.01, 1% or 1pt (one point), or 0.
+
+    Args:
+        name: such as --lose-at-most.
+        meaning: the help text; how a loss is typed is added.
+    """
+    return typer.Option(name, parser=_loss, metavar="<loss>", help=f"{meaning} Typed as 1%, 1pt or 0.01: one point.")
+
+
+def _loss(text: str) -> float:
     from retain.settings import share
 
     if text.strip() in ("0", "0.0", "0%"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retain.cli.common import loss
+from retain.cli.common import loss_option
 
 if TYPE_CHECKING:
     from retain.advice.repair import Repair
@@ -24,12 +24,7 @@ def command(
         list[str], typer.Option("--keep", "-k", help="What it must not lose: a suite, a file, or a folder.")
     ] = CORE,
     lose_at_most: Annotated[
-        float | None,
-        typer.Option(
-            parser=loss,
-            metavar="<loss>",
-            help="Largest upper bound of the loss: 1%, 1pt or 0.01 is one point; else the best balance.",
-        ),
+        float | None, loss_option("--lose-at-most", "Largest upper bound of the loss; else the best balance.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each probe of --keep.")] = None,
     learned_limit: Annotated[int | None, typer.Option(min=4, help="At most this many of --learned.")] = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from retain.cli.common import loss
+from retain.cli.common import loss_option
 
 
 def _schema(wanted: bool) -> None:
@@ -23,15 +23,7 @@ def command(
     run: Annotated[str, typer.Argument(help="Run directory; its results.json alone is enough for a limit or a card.")],
     against: Annotated[list[str], typer.Option("--against", "-a", help="Other runs on the same base and probes.")] = [],  # noqa: B006
     lang: Annotated[str | None, typer.Option("--lang", help="Language: en or zh; that of the run by default.")] = None,
-    fail_over: Annotated[
-        float | None,
-        typer.Option(
-            "--fail-over",
-            parser=loss,
-            metavar="<loss>",
-            help="Exit with 1 when more than this was lost: 2%, 2pt or 0.02 is two points.",
-        ),
-    ] = None,
+    fail_over: Annotated[float | None, loss_option("--fail-over", "Exit with 1 when more than this was lost.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 as well when there are too few items.")] = False,
     card: Annotated[str | None, typer.Option("--card", help="Write a model card for the hub to this file.")] = None,
     schema: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retain.cli.common import loss
+from retain.cli.common import loss_option
 
 if TYPE_CHECKING:
     from retain.advice.search import Search, Units
@@ -24,15 +24,7 @@ def command(
     ] = "tpe",
     trials: Annotated[int | None, typer.Option(min=1, help="At most so many runs; 20 by default.")] = None,
     points: Annotated[int, typer.Option(min=2, help="Of a grid: values of each range.")] = 5,
-    lose_at_most: Annotated[
-        float | None,
-        typer.Option(
-            "--lose-at-most",
-            parser=loss,
-            metavar="<loss>",
-            help="Choose by this loss (2%, 2pt or 0.02: two points); raise until it.",
-        ),
-    ] = None,
+    lose_at_most: Annotated[float | None, loss_option("--lose-at-most", "Choose by this loss; raise until it.")] = None,
     learn_at_least: Annotated[
         float | None, typer.Option("--learn-at-least", help="Of raise: stop where less is learned.")
     ] = None,

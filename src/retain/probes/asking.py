@@ -107,6 +107,11 @@ def ask(probes: Sequence[Probe], subject: Subject, progress: Progress = lambda n
     return rows
 
 
+def are_answers(rows: Sequence[dict[str, Any]], probes: Sequence[Probe]) -> bool:
+    """Whether rows that were kept are what `ask` gives for exactly these items."""
+    return [(row["probe"], row["item"]) for row in rows] == [(p.name, item.id) for p in probes for item in p.items]
+
+
 def _row(probe: Probe, outcome: Outcome) -> dict[str, Any]:
     return {
         "probe": probe.name,

@@ -75,6 +75,7 @@ class ForgettingBudget(TrainerCallback):
 
     folder: Path
     log: Path
+    dual: maths.Dual  # since `attach`, as are the next ones since training began
 
     def __init__(
         self,
@@ -110,7 +111,6 @@ class ForgettingBudget(TrainerCallback):
         self._places = (folder, log)
         self.task, self.follow, self.tokenizer, self.settles = task, follow, tokenizer, settle
         self.say = say or logger.warning
-        self.dual = maths.Dual(c.gain, c.least, c.most or MOST)
         self.standing = Standing()
         self.outcome: Budget | None = None
         self.trainer: Any = None
@@ -142,8 +142,8 @@ class ForgettingBudget(TrainerCallback):
                 self.control.check()
         trainer.add_callback(self)
         self.trainer = trainer
-        if self.settings.most is None and any(m.auto for m in trainer.stack.methods):
-            self.dual = self.dual._replace(most=MOST_AUTO)
+        c, found = self.settings, any(m.auto for m in trainer.stack.methods)
+        self.dual = maths.Dual(c.gain, c.least, c.most or (MOST_AUTO if found else MOST))
         return self
 
     # -- events --------------------------------------------------------------------------------------------

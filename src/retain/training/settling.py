@@ -11,6 +11,7 @@ from retain.errors import ConfigError
 from retain.functional import budget as maths
 from retain.methods.base import Stack
 from retain.models.own_rows import fingerprint
+from retain.probes.asking import are_answers
 from retain.results import Budget, BudgetPoint, load_items, save_items, write_text
 from retain.training import hosts
 from retain.training.control import Spread
@@ -54,9 +55,9 @@ def settle(budget: ForgettingBudget, model: Any, run: Any) -> Budget | None:
 
     def ask(share: float, probes: Any, what: str) -> list[dict[str, Any]]:
         way.go(share)
-        path = budget.folder / ASKED / f"{fingerprint(model)}-{what}.parquet"
+        path = budget.folder / ASKED / f"{fingerprint(model)}-{share!r}-{what}.parquet"
         rows = load_items(path) if path.is_file() else []
-        if [(row["probe"], row["item"]) for row in rows] != [(p.name, item.id) for p in probes for item in p.items]:
+        if not are_answers(rows, probes):
             rows = control.ask(model, budget.tokenizer, device, probes)
             save_items(rows, path)
         return rows
